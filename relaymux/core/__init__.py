@@ -1,0 +1,1 @@
+"""The protocol without any I/O: frames, windows, streams, links and sessions."""

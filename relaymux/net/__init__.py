@@ -1,0 +1,1 @@
+"""The protocol on Twisted: links, streams, bridges and the sockets beside them."""

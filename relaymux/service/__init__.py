@@ -1,0 +1,1 @@
+"""The daemon: configuration and the tree of services made from it."""

@@ -1,0 +1,1 @@
+"""Test kit for transports, ours and others: conformance suites, a transport in memory."""

@@ -1,0 +1,1 @@
+"""Real QEMU under test: finding, installing and driving it."""
