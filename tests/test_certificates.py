@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import shutil
 import stat
 import tempfile
-from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import cast
@@ -49,9 +49,9 @@ def handshake(server: Credentials, client: Credentials, trusted: Authority) -> N
         ends.append(connection)
     for _ in range(4):
         for here, there in ((ends[0], ends[1]), (ends[1], ends[0])):
-            with suppress(SSL.WantReadError):
+            with contextlib.suppress(SSL.WantReadError):
                 here.do_handshake()
-            with suppress(SSL.WantReadError):
+            with contextlib.suppress(SSL.WantReadError):
                 there.bio_write(here.bio_read(1 << 16))
 
 
