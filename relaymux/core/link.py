@@ -1,0 +1,275 @@
+"""
+One link: the handshake, who is alive, and the way between bytes and a session.
+
+A link is one connection.  It begins with HELLO and WELCOME, carries a session's
+frames, and ends when its connection does, when it fell silent, when the peer
+broke the protocol, or with a goodbye (protocol.md 7, 8).  It never decides who
+may connect: it reports L{HelloReceived} and is told.
+
+Time is an argument: seconds of a clock that does not go backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from struct import Struct
+
+from relaymux.core.events import Event, HelloReceived, LinkEnded, WelcomeReceived
+from relaymux.core.frames import FIRST_SEQUENCED, Buffer, Frame, FrameDecoder, Kind, encode
+from relaymux.core.handshake import (
+    Hello,
+    Limits,
+    Welcome,
+    decode_coded_text,
+    decode_hello,
+    decode_reject,
+    decode_welcome,
+    encode_coded_text,
+    encode_reject,
+)
+from relaymux.core.session import Session
+from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
+
+OFFSET = Struct("!Q")
+
+#: Seconds until the handshake must be complete.  One round trip; the rest is for a
+#: busy host.  A stranger who says nothing holds a connection no longer than this.
+HANDSHAKE_SECONDS = 5.0
+
+#: PINGs per silence that a peer tolerates: two may be late before the link is given up.
+PINGS_PER_SILENCE = 3
+
+#: Seconds until received bytes are acknowledged when few of them arrive: a fraction
+#: of what matters to the peer's replay buffer, and long enough to gather.
+ACK_SECONDS = 0.025
+
+
+class LinkState(Enum):
+    """The life of a link."""
+
+    HELLO = "waiting for HELLO"
+    DECISION = "waiting for this side's decision"
+    WELCOME = "waiting for WELCOME"
+    OPEN = "open"
+    ENDED = "ended"
+
+
+class Link:
+    """
+    One side of a link.
+
+    @ivar state: see L{LinkState}.
+    @ivar session: set by L{attach}; gone when the link has ended.
+    @ivar round_trip: seconds that the last PING took; 0 before the first.
+    """
+
+    def __init__(self, *, local: Limits, now: float, hello: Hello | None = None) -> None:
+        """
+        @param local: what this side accepts.
+        @param hello: what a dialling side says first; L{None} on the accepting side.
+        """
+        self.state = LinkState.WELCOME if hello else LinkState.HELLO
+        self.session: Session | None = None
+        self.round_trip = 0.0
+        self._decoder = FrameDecoder(local.max_payload)
+        self._out: list[Buffer] = []
+        self._silence = local.silence
+        self._ping_interval = local.silence / PINGS_PER_SILENCE
+        self._handshake_until = now + HANDSHAKE_SECONDS
+        self._heard_at = now
+        self._ping_at = now + self._ping_interval
+        self._ping_sent: float | None = None
+        self._ping_number = 0
+        self._pong: bytes | None = None
+        self._ack_at: float | None = None
+        if hello:
+            self._out.append(encode(Kind.HELLO, 0, hello.encode()))
+
+    # Calls from this side.
+
+    def welcome(self, welcome: Welcome) -> None:
+        """Accept the peer whose HELLO was reported; L{attach} its session next."""
+        if self.state is not LinkState.DECISION:
+            raise LocalError(f"welcome while {self.state.value}")
+        self._out.append(encode(Kind.WELCOME, 0, welcome.encode()))
+
+    def attach(self, session: Session, remote: Limits, now: float) -> None:
+        """Carry C{session} from now on."""
+        if self.state not in (LinkState.DECISION, LinkState.WELCOME):
+            raise LocalError(f"attach while {self.state.value}")
+        self.state = LinkState.OPEN
+        self.session = session
+        # Whoever is the less patient of the two decides how often both speak.
+        self._ping_interval = min(self._silence, remote.silence) / PINGS_PER_SILENCE
+        self._ping_at = now + self._ping_interval
+
+    def reject(self, code: int, text: str) -> LinkEnded:
+        """Refuse the peer; the connection is to be closed when this was sent."""
+        self._out.append(encode(Kind.REJECT, 0, encode_reject(code, text)))
+        return self._end(code, text)
+
+    def goodbye(self, code: int, text: str) -> LinkEnded:
+        """End the session with the link; the connection is to be closed when this was sent."""
+        self._out.append(encode(Kind.BYE, 0, encode_coded_text(code, text)))
+        return self._end(code, text, session_over=True)
+
+    # Bytes in, bytes out.
+
+    def receive(self, buffers: Iterable[memoryview], now: float) -> Iterator[Event]:
+        """
+        Take in what arrived; to be run to its end before the next call.
+
+        Never raises for what the peer did: a fault ends the events with
+        L{LinkEnded}, after those of the frames in front of it.
+
+        @return: what happened, oldest first, each before the next frame is
+            looked at: an answer given meanwhile is in time for what follows.
+        """
+        if self.state is LinkState.ENDED:
+            return
+        self._heard_at = now
+        try:
+            for buffer in buffers:
+                for frame in self._decoder.feed(buffer):
+                    if frame.kind >= FIRST_SEQUENCED:
+                        yield from self._open_session(frame).receive_frame(frame)
+                    else:
+                        yield from self._on_link_frame(frame, now)
+                    if self.state is LinkState.ENDED:
+                        return
+        except RemoteProtocolError as error:
+            yield self._fault(error)
+            return
+        session = self.session
+        if session is not None and self._ack_at is None and session.rx_next > session.rx_acknowledged:
+            self._ack_at = now + ACK_SECONDS
+
+    def data_to_send(self, limit: int) -> list[Buffer]:
+        """
+        @param limit: stop after about this many bytes of data; control frames always go.
+        @return: buffers to be sent in this order; empty if there is nothing.
+        """
+        out, self._out = self._out, []
+        session = self.session
+        if session is not None:
+            if self._pong is not None:
+                out.append(encode(Kind.PONG, 0, self._pong))
+                self._pong = None
+            if session.ack_due:
+                out.append(self._ack(session))
+            out += session.data_to_send(limit)
+        return out
+
+    def next_timer(self) -> float:
+        """@return: when L{handle_timer} wants to be called; infinity once the link has ended."""
+        if self.state is LinkState.ENDED:
+            return float("inf")
+        if self.state is not LinkState.OPEN:
+            return self._handshake_until
+        due = min(self._heard_at + self._silence, self._ping_at)
+        return due if self._ack_at is None else min(due, self._ack_at)
+
+    def handle_timer(self, now: float) -> list[Event]:
+        """
+        Do what is due.  More may be there to send afterwards.
+
+        @return: L{LinkEnded} if time is up.
+        """
+        session = self.session
+        if self.state is LinkState.ENDED:
+            return []
+        if session is None:
+            if now < self._handshake_until:
+                return []
+            return [
+                self.reject(
+                    ErrorCode.HANDSHAKE_TIMEOUT,
+                    f"{self.state.value} for {HANDSHAKE_SECONDS:g} s",
+                )
+            ]
+        if now - self._heard_at >= self._silence:
+            return [self._end(ErrorCode.KEEPALIVE_TIMEOUT, f"nothing heard for {self._silence:g} s")]
+        if self._ack_at is not None and now >= self._ack_at:
+            self._ack_at = None
+            if session.rx_next > session.rx_acknowledged:
+                self._out.append(self._ack(session))
+        if now >= self._ping_at:
+            self._ping_at = now + self._ping_interval
+            self._ping_sent = now
+            self._ping_number += 1
+            self._out.append(encode(Kind.PING, 0, OFFSET.pack(self._ping_number)))
+        return []
+
+    # Frames of the link itself.
+
+    def _on_link_frame(self, frame: Frame, now: float) -> list[Event]:
+        kind, payload = frame.kind, frame.payload
+        if frame.stream_id:
+            raise RemoteProtocolError(
+                ErrorCode.PROTOCOL_ERROR, f"{Kind(kind).name} with a stream id", frame.stream_id
+            )
+        if kind == Kind.HELLO and self.state is LinkState.HELLO:
+            self.state = LinkState.DECISION
+            return [HelloReceived(decode_hello(payload))]
+        if kind == Kind.WELCOME and self.state is LinkState.WELCOME:
+            return [WelcomeReceived(decode_welcome(payload))]
+        if kind == Kind.REJECT and self.session is None:
+            code, version, text = decode_reject(payload)
+            if code == ErrorCode.VERSION_UNSUPPORTED:
+                text = f"{text} (the peer speaks version {version})"
+            return [self._end(code, text, by_peer=True)]
+        if kind == Kind.RESUME and self.state is LinkState.HELLO:
+            text = "this daemon keeps no sessions; begin a new one"
+            return [self.reject(ErrorCode.UNKNOWN_SESSION, text)]
+        session = self._open_session(frame)
+        if kind == Kind.ACK:
+            session.acknowledge(_number(frame))
+        elif kind == Kind.PING:
+            _number(frame)
+            self._pong = payload  # only the latest is answered: a flood of them costs nothing
+        elif kind == Kind.PONG:
+            if self._ping_sent is not None and _number(frame) == self._ping_number:
+                self.round_trip = max(0.0, now - self._ping_sent)
+                self._ping_sent = None
+        elif kind == Kind.BYE:
+            code, text = decode_coded_text(payload, "BYE")
+            return [self._end(code, text, by_peer=True, session_over=True)]
+        else:
+            raise RemoteProtocolError(
+                ErrorCode.PROTOCOL_ERROR, f"{Kind(kind).name} on a link that is {self.state.value}"
+            )
+        return []
+
+    def _open_session(self, frame: Frame) -> Session:
+        if self.session is None:
+            raise RemoteProtocolError(
+                ErrorCode.PROTOCOL_ERROR,
+                f"{Kind(frame.kind).name} on a link that is {self.state.value}",
+                frame.stream_id,
+            )
+        return self.session
+
+    def _ack(self, session: Session) -> bytes:
+        session.rx_acknowledged = session.rx_next
+        self._ack_at = None
+        return encode(Kind.ACK, 0, OFFSET.pack(session.rx_next))
+
+    def _fault(self, error: RemoteProtocolError) -> LinkEnded:
+        if self.session is None:
+            return self.reject(error.code, str(error))
+        return self.goodbye(error.code, str(error))
+
+    def _end(
+        self, code: int, text: str, *, by_peer: bool = False, session_over: bool = False
+    ) -> LinkEnded:
+        self.state = LinkState.ENDED
+        self.session = None
+        return LinkEnded(code, text, by_peer, session_over)
+
+
+def _number(frame: Frame) -> int:
+    if len(frame.payload) != OFFSET.size:
+        raise RemoteProtocolError(ErrorCode.PROTOCOL_ERROR, f"malformed {Kind(frame.kind).name}")
+    number: int = OFFSET.unpack(frame.payload)[0]
+    return number

@@ -1,0 +1,75 @@
+"""
+What was sent and not acknowledged yet (protocol.md 6).
+
+Each side numbers the bytes of its sequenced frames (header and payload) from
+0, once per session.  This buffer holds the frames between C{acknowledged} and
+C{end}: they would have to be said again on a new link.  It holds references,
+not copies, to the buffers that the transport was given.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from relaymux.core.frames import Buffer
+from relaymux.errors import ErrorCode, RemoteProtocolError
+
+
+class ReplayBuffer:
+    """
+    The unacknowledged sequenced frames of one direction, oldest first.
+
+    C{capacity} bounds what DATA frames may fill.  Control frames may exceed it:
+    they are few (at most a handful per stream), and holding back a CREDIT or a
+    FIN because data is unacknowledged could stop both sides for good.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """@param capacity: bytes of unacknowledged frames at which DATA waits."""
+        self.capacity = capacity
+        self.end = 0
+        self.acknowledged = 0
+        self._frames: deque[tuple[int, Sequence[Buffer]]] = deque()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes sent and not acknowledged."""
+        return self.end - self.acknowledged
+
+    @property
+    def room(self) -> int:
+        """Bytes of DATA frames, headers included, that may be added; never negative."""
+        return max(0, self.capacity - self.held_bytes)
+
+    def append(self, buffers: Sequence[Buffer], size: int) -> None:
+        """Keep one frame: C{buffers} in order, C{size} bytes in all."""
+        self.end += size
+        self._frames.append((self.end, buffers))
+
+    def acknowledge(self, offset: int) -> bool:
+        """
+        Drop what the peer has.
+
+        @param offset: the peer's receive offset; one heard before is no news.
+        @return: whether anything was dropped.
+        @raise RemoteProtocolError: an offset we never sent, one behind an
+            earlier one, or one inside a frame.
+        """
+        if offset == self.acknowledged:
+            return False
+        if not self.acknowledged < offset <= self.end:
+            raise RemoteProtocolError(
+                ErrorCode.ACK_ERROR,
+                f"acknowledged {offset}; expected {self.acknowledged} to {self.end}",
+            )
+        frames = self._frames
+        while frames and frames[0][0] <= offset:
+            self.acknowledged = frames.popleft()[0]
+        if self.acknowledged != offset:
+            raise RemoteProtocolError(ErrorCode.ACK_ERROR, f"acknowledged {offset}, which is inside a frame")
+        return True
+
+    def unacknowledged(self) -> Iterator[Sequence[Buffer]]:
+        """@return: the frames that are held, oldest first."""
+        return (buffers for _, buffers in self._frames)

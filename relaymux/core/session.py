@@ -1,0 +1,490 @@
+"""
+A session: the streams, the numbering of what is said, and what the peer has of it.
+
+A session outlives links.  It turns calls into frames for whichever link asks
+C{data_to_send}, and frames that a link received into events.  Every frame it
+makes is sequenced: counted in L{ReplayBuffer} until the peer acknowledged it.
+
+Nothing here queues without a bound: data waits in its stream, whose producer
+pauses; credit, FIN and acks are kept as state and become frames only when
+they can be sent; the other control frames are at most four per open stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from struct import Struct
+
+from relaymux.core.events import (
+    DataReceived,
+    Event,
+    GoawayReceived,
+    SendingStopped,
+    StreamAccepted,
+    StreamClosed,
+    StreamFinished,
+    StreamOpened,
+    StreamRefused,
+    StreamReset,
+)
+from relaymux.core.frames import HEADER_BYTES, Buffer, Frame, Kind, data_header, encode
+from relaymux.core.handshake import (
+    NAME,
+    Limits,
+    decode_coded_text,
+    decode_extensions,
+    encode_coded_text,
+)
+from relaymux.core.replay import ReplayBuffer
+from relaymux.core.schedule import TurnQueue
+from relaymux.core.stream import ReceiveState, SendState, Stream
+from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
+
+CREDIT = Struct("!QQ")
+FIN = Struct("!Q")
+RESET = Struct("!HQ")
+STOP = Struct("!H")
+CLOSED = Struct("!HQ")
+
+#: Unacknowledged bytes after which an ack is sent at once.  At 10 Gbit/s these are
+#: some 1,200 acks a second; an ack per frame would cost the sender a wake-up each.
+ACK_BYTES = 1024 * 1024
+
+#: ... but never less often than this share of the peer's replay buffer, which must
+#: not run full between two acks.
+ACK_SHARE = 8
+
+LAST_STREAM_ID = 2**32 - 1
+
+
+class Session:
+    """
+    One side of a session.
+
+    @ivar rx_next: bytes of the peer's sequenced frames accepted so far.
+    @ivar streams: the streams that are not forgotten yet, by id.
+    """
+
+    def __init__(self, *, dialing: bool, local: Limits, remote: Limits) -> None:
+        """
+        @param dialing: whether this side dialled: it uses odd stream ids.
+        @param local: what we told the peer; C{local.replay} bounds our replay buffer.
+        @param remote: what the peer told us.
+        """
+        self._local = local
+        self._remote = remote
+        self._next_id = 1 if dialing else 2
+        self._next_peer_id = 2 if dialing else 1
+        self._control: deque[bytes] = deque()
+        self._credit_due: dict[int, None] = {}
+        self._turns = TurnQueue()
+        self._drained: list[int] = []
+        self._ack_bytes = min(ACK_BYTES, remote.replay // ACK_SHARE)
+        self._goaway_sent = False
+        self._goaway_received = False
+        self._opened_here = 0
+        self._opened_by_peer = 0
+        self.replay = ReplayBuffer(local.replay)
+        self.rx_next = 0
+        self.rx_acknowledged = 0
+        self.streams: dict[int, Stream] = {}
+        self._handlers: dict[int, Callable[[Frame], list[Event]]] = {
+            Kind.OPEN: self._on_open,
+            Kind.OPENED: self._on_opened,
+            Kind.REFUSED: self._on_refused,
+            Kind.DATA: self._on_data,
+            Kind.CREDIT: self._on_credit,
+            Kind.FIN: self._on_fin,
+            Kind.RESET: self._on_reset,
+            Kind.STOP_SENDING: self._on_stop_sending,
+            Kind.CLOSED: self._on_closed,
+            Kind.GOAWAY: self._on_goaway,
+        }
+
+    # Calls from this side.
+
+    def open_stream(self, service: str) -> int:
+        """
+        Open a stream to the peer's C{service}.
+
+        @return: its id.  Data may be written at once.
+        @raise LocalError: the peer accepts no (more) streams.
+        """
+        if not NAME.fullmatch(service):
+            raise LocalError(f"{service!r} is no service name")
+        if self._goaway_received or self._goaway_sent:
+            raise LocalError("no new streams: the session is ending")
+        if self._opened_here >= self._remote.max_streams:
+            raise LocalError(f"the peer allows {self._remote.max_streams} streams at once")
+        stream_id = self._next_id
+        if stream_id > LAST_STREAM_ID:
+            raise LocalError("the session has used all its stream ids")
+        self._next_id += 2
+        self._add_stream(stream_id, service, outgoing=True)
+        name = service.encode("ascii")
+        self._queue(Kind.OPEN, stream_id, bytes([len(name)]) + name)
+        return stream_id
+
+    def accept(self, stream_id: int) -> None:
+        """Tell the opener that the service is connected; nothing if it has given up meanwhile."""
+        if self._answer(stream_id).send.state is SendState.OPEN:
+            self._queue(Kind.OPENED, stream_id)
+
+    def refuse(self, stream_id: int, code: int, text: str) -> list[Event]:
+        """Tell the opener that there is no service behind the stream, and why: one line."""
+        stream = self._answer(stream_id)
+        if stream.send.state is not SendState.OPEN:
+            return self.abort(stream_id, code)  # the opener has given up meanwhile
+        stream.send.reset()
+        if stream.receive.state in (ReceiveState.OPEN, ReceiveState.FINISHED):
+            stream.receive.stop()
+        self._queue(Kind.REFUSED, stream_id, encode_coded_text(code, text))
+        return self._end_receive(stream, code)
+
+    def write(self, stream_id: int, data: Buffer) -> None:
+        """
+        Send C{data}, which is kept by reference and must not change.
+
+        @raise LocalError: the direction was ended, or there is no such stream.
+        """
+        stream = self._stream(stream_id)
+        stream.send.write(data)
+        if stream.send.ready:
+            self._turns.add(stream_id)
+
+    def finish(self, stream_id: int) -> None:
+        """Half-close: no more data from this side."""
+        stream = self._stream(stream_id)
+        stream.send.finish()
+        if stream.send.ready:
+            self._turns.add(stream_id)
+
+    def reset(self, stream_id: int, code: int) -> None:
+        """End our direction as an error; what was not sent is dropped."""
+        stream = self._stream(stream_id)
+        stream.send.reset()
+        self._turns.discard(stream_id)
+        self._queue(Kind.RESET, stream_id, RESET.pack(code, stream.send.window.sent))
+
+    def stop(self, stream_id: int, code: int) -> list[Event]:
+        """
+        Take no more from the peer; what it sends from now on is dropped.
+
+        @return: L{StreamClosed} if everything else had ended before.
+        """
+        stream = self._stream(stream_id)
+        if stream.receive.stop():
+            self._queue(Kind.STOP_SENDING, stream_id, STOP.pack(code))
+        return self._end_receive(stream, code)
+
+    def abort(self, stream_id: int, code: int) -> list[Event]:
+        """
+        End, as an error, whichever direction has not ended yet.
+
+        @return: L{StreamClosed} if everything else had ended before.
+        """
+        stream = self._stream(stream_id)
+        if stream.send.state in (SendState.OPEN, SendState.FINISHING):
+            self.reset(stream_id, code)
+        if stream.receive.state in (ReceiveState.OPEN, ReceiveState.FINISHED):
+            return self.stop(stream_id, code)
+        return []
+
+    def consumed(self, stream_id: int, count: int) -> list[Event]:
+        """
+        The consumer took C{count} bytes that L{DataReceived} gave out.
+
+        Ignored for a direction that has ended: what happens to its last bytes
+        then is nobody's business any more.
+
+        @return: L{StreamClosed} if these were the last bytes of all.
+        """
+        stream = self.streams.get(stream_id)
+        if stream is None or stream.receive.state not in (ReceiveState.OPEN, ReceiveState.FINISHED):
+            return []
+        if stream.receive.consume(count):
+            self._credit_due[stream_id] = None
+        return self._end_receive(stream, ErrorCode.NO_ERROR)
+
+    def goaway(self, code: int, text: str) -> None:
+        """Accept and open no new streams; said once."""
+        if not self._goaway_sent:
+            self._goaway_sent = True
+            self._queue(Kind.GOAWAY, 0, encode_coded_text(code, text))
+
+    # What the calling side may ask.
+
+    def queued(self, stream_id: int) -> int:
+        """@return: bytes written to a stream that no frame holds yet; 0 once it is closed."""
+        stream = self.streams.get(stream_id)
+        return stream.send.queued if stream else 0
+
+    @property
+    def can_open(self) -> bool:
+        """Whether C{open_stream} would be allowed now."""
+        return not (self._goaway_received or self._goaway_sent) and self._opened_here < self._remote.max_streams
+
+    @property
+    def settled(self) -> bool:
+        """Whether no stream is open and the peer has everything that was said."""
+        return not self.streams and not self._control and not self.replay.held_bytes
+
+    @property
+    def ack_due(self) -> bool:
+        """Whether an ack should leave at once."""
+        return self.rx_next - self.rx_acknowledged >= self._ack_bytes
+
+    def take_drained(self) -> list[int]:
+        """@return: streams whose queue ran empty since the last call: their producers may go on."""
+        drained, self._drained = self._drained, []
+        return drained
+
+    # Towards the link.
+
+    def data_to_send(self, limit: int) -> list[Buffer]:
+        """
+        Make frames.
+
+        @param limit: stop after about this many bytes; control frames always go.
+        @return: buffers to be sent in this order; empty if there is nothing.
+        """
+        out: list[Buffer] = []
+        while self._control:
+            self._emit(out, self._control.popleft())
+        if self._credit_due:
+            for stream_id in self._credit_due:
+                window = self.streams[stream_id].receive.window
+                self._emit(out, encode(Kind.CREDIT, stream_id, CREDIT.pack(window.grant(), window.consumed)))
+            self._credit_due.clear()
+        size = 0
+        while size < limit and self._turns:
+            room = self.replay.room - HEADER_BYTES
+            if room <= 0:
+                break
+            size += self._send_turn(out, room)
+        return out
+
+    def _send_turn(self, out: list[Buffer], room: int) -> int:
+        """Let the next stream send one frame.  @return: payload bytes sent."""
+        stream_id = self._turns.take()
+        send = self.streams[stream_id].send
+        buffers, size = send.take(min(self._turns.frame_limit(), self._remote.max_payload, room))
+        if size:
+            buffers.insert(0, data_header(stream_id, size))
+            self.replay.append(buffers, size + HEADER_BYTES)
+            out += buffers
+            if not send.queued:
+                self._drained.append(stream_id)
+        if send.state is SendState.FINISHING and not send.queued:
+            send.state = SendState.ENDED
+            self._emit(out, encode(Kind.FIN, stream_id, FIN.pack(send.window.sent)))
+        elif send.ready:
+            self._turns.add(stream_id)
+        return size
+
+    def acknowledge(self, offset: int) -> None:
+        """The peer has everything below C{offset}.  @raise RemoteProtocolError: it cannot have."""
+        self.replay.acknowledge(offset)
+
+    def receive_frame(self, frame: Frame) -> list[Event]:
+        """
+        Accept one sequenced frame.
+
+        @return: what it meant, oldest first.
+        @raise RemoteProtocolError: the frame was not allowed; the session must end.
+        """
+        events = self._handlers[frame.kind](frame)
+        self.rx_next += frame.size
+        return events
+
+    # Frames that arrived.  Each handler shows its payload.
+
+    def _on_open(self, frame: Frame) -> list[Event]:
+        """C{u8 length, name, extensions}"""
+        stream_id, payload = frame.stream_id, frame.payload
+        name_end = 1 + payload[0] if payload else 0
+        name = payload[1:name_end].decode("ascii", "replace")
+        if not 1 < name_end <= len(payload) or not NAME.fullmatch(name):
+            raise _malformed(frame)
+        decode_extensions(payload[name_end:], "OPEN")
+        if stream_id != self._next_peer_id:
+            raise RemoteProtocolError(
+                ErrorCode.PROTOCOL_ERROR, f"OPEN with id {stream_id}, expected {self._next_peer_id}", stream_id
+            )
+        if self._opened_by_peer >= self._local.max_streams:
+            raise RemoteProtocolError(
+                ErrorCode.FLOOD, f"more than the allowed {self._local.max_streams} streams", stream_id
+            )
+        self._next_peer_id += 2
+        self._add_stream(stream_id, name, outgoing=False)
+        if self._goaway_sent:
+            return self.refuse(stream_id, ErrorCode.SHUTTING_DOWN, "shutting down")
+        return [StreamOpened(stream_id, name)]
+
+    def _on_opened(self, frame: Frame) -> list[Event]:
+        """Empty."""
+        self._answered_by_peer(frame)
+        if frame.payload:
+            raise _malformed(frame)
+        return [StreamAccepted(frame.stream_id)]
+
+    def _on_refused(self, frame: Frame) -> list[Event]:
+        """C{u16 code, text}: as RESET at offset 0 and STOP_SENDING in one, with the reason."""
+        stream = self._answered_by_peer(frame)
+        code, text = decode_coded_text(frame.payload, "REFUSED")
+        stream.receive.receive_end(0, clean=False)
+        if stream.send.state in (SendState.OPEN, SendState.FINISHING):
+            self.reset(frame.stream_id, code)
+        refused: list[Event] = [StreamRefused(frame.stream_id, code, text)]
+        return refused + self._end_receive(stream, code)
+
+    def _on_data(self, frame: Frame) -> list[Event]:
+        """Bytes, at least one."""
+        stream = self._stream_of(frame)
+        size = frame.size - HEADER_BYTES
+        if not size:
+            raise _malformed(frame)
+        if stream.receive.receive_data(size):
+            return [DataReceived(frame.stream_id, frame.buffers, size)]
+        return []
+
+    def _on_credit(self, frame: Frame) -> list[Event]:
+        """C{u64 limit, u64 delivered}"""
+        stream = self._stream_of(frame)
+        limit, delivered = _unpack(CREDIT, frame)
+        stream.send.receive_credit(limit, delivered)
+        if stream.send.ready:
+            self._turns.add(frame.stream_id)
+        return []
+
+    def _on_fin(self, frame: Frame) -> list[Event]:
+        """C{u64 final offset}"""
+        stream = self._stream_of(frame)
+        (final_offset,) = _unpack(FIN, frame)
+        wanted = stream.receive.receive_end(final_offset, clean=True)
+        finished: list[Event] = [StreamFinished(frame.stream_id)] if wanted else []
+        return finished + self._end_receive(stream, ErrorCode.NO_ERROR)
+
+    def _on_reset(self, frame: Frame) -> list[Event]:
+        """C{u16 code, u64 final offset}"""
+        stream = self._stream_of(frame)
+        code, final_offset = _unpack(RESET, frame)
+        wanted = stream.receive.receive_end(final_offset, clean=False)
+        reset: list[Event] = [StreamReset(frame.stream_id, code)] if wanted else []
+        return reset + self._end_receive(stream, code)
+
+    def _on_stop_sending(self, frame: Frame) -> list[Event]:
+        """C{u16 code}"""
+        stream = self._stream_of(frame)
+        (code,) = _unpack(STOP, frame)
+        send = stream.send
+        if send.state is SendState.CLOSED:
+            raise RemoteProtocolError(ErrorCode.STREAM_STATE_ERROR, "STOP_SENDING after CLOSED", frame.stream_id)
+        if send.state is SendState.ENDED:
+            return []  # our FIN or RESET crossed it
+        self.reset(frame.stream_id, code)
+        return [SendingStopped(frame.stream_id, code, send.accepted - send.delivered)]
+
+    def _on_closed(self, frame: Frame) -> list[Event]:
+        """C{u16 code, u64 delivered}"""
+        stream = self._stream_of(frame)
+        _, delivered = _unpack(CLOSED, frame)
+        stream.send.receive_closed(delivered)
+        return self._forget_if_closed(stream)
+
+    def _on_goaway(self, frame: Frame) -> list[Event]:
+        """C{u16 code, text}"""
+        if frame.stream_id:
+            raise _malformed(frame)
+        code, text = decode_coded_text(frame.payload, "GOAWAY")
+        self._goaway_received = True
+        return [GoawayReceived(code, text)]
+
+    # Shared by the above.
+
+    def _add_stream(self, stream_id: int, service: str, *, outgoing: bool) -> None:
+        self.streams[stream_id] = Stream(
+            stream_id, service, outgoing=outgoing, credit=self._remote.window, window=self._local.window
+        )
+        if outgoing:
+            self._opened_here += 1
+        else:
+            self._opened_by_peer += 1
+
+    def _stream(self, stream_id: int) -> Stream:
+        try:
+            return self.streams[stream_id]
+        except KeyError:
+            raise LocalError(f"no stream {stream_id}") from None
+
+    def _stream_of(self, frame: Frame) -> Stream:
+        stream = self.streams.get(frame.stream_id)
+        if stream is None:
+            raise RemoteProtocolError(
+                ErrorCode.UNKNOWN_STREAM, f"{Kind(frame.kind).name} for no open stream", frame.stream_id
+            )
+        return stream
+
+    def _answer(self, stream_id: int) -> Stream:
+        stream = self._stream(stream_id)
+        if stream.outgoing or stream.answered:
+            raise LocalError(f"stream {stream_id} has no question to answer")
+        stream.answered = True
+        return stream
+
+    def _answered_by_peer(self, frame: Frame) -> Stream:
+        stream = self._stream_of(frame)
+        if not stream.outgoing or stream.answered:
+            raise RemoteProtocolError(
+                ErrorCode.STREAM_STATE_ERROR, f"unexpected {Kind(frame.kind).name}", frame.stream_id
+            )
+        stream.answered = True
+        return stream
+
+    def _end_receive(self, stream: Stream, code: int) -> list[Event]:
+        """Say CLOSED if the receiving half has just ended."""
+        receive = stream.receive
+        if receive.state is not ReceiveState.ENDED:
+            return []
+        receive.state = ReceiveState.CLOSED
+        self._credit_due.pop(stream.stream_id, None)
+        self._queue(Kind.CLOSED, stream.stream_id, CLOSED.pack(code, receive.window.consumed))
+        return self._forget_if_closed(stream)
+
+    def _forget_if_closed(self, stream: Stream) -> list[Event]:
+        if not stream.closed:
+            return []
+        del self.streams[stream.stream_id]
+        if stream.outgoing:
+            self._opened_here -= 1
+        else:
+            self._opened_by_peer -= 1
+        send, window = stream.send, stream.receive.window
+        return [
+            StreamClosed(stream.stream_id, send.accepted, send.delivered, window.received, window.consumed)
+        ]
+
+    def _queue(self, kind: Kind, stream_id: int, payload: bytes = b"") -> None:
+        self._control.append(encode(kind, stream_id, payload))
+
+    def _emit(self, out: list[Buffer], frame: bytes) -> None:
+        self.replay.append((frame,), len(frame))
+        out.append(frame)
+
+    def undelivered(self) -> Iterator[tuple[Stream, int]]:
+        """@return: open streams with the bytes accepted here that the peer's consumer did not take."""
+        for stream in self.streams.values():
+            yield stream, stream.send.accepted - stream.send.delivered
+
+
+def _unpack(layout: Struct, frame: Frame) -> tuple[int, ...]:
+    if len(frame.payload) != layout.size:
+        raise _malformed(frame)
+    return layout.unpack(frame.payload)
+
+
+def _malformed(frame: Frame) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        ErrorCode.PROTOCOL_ERROR, f"malformed {Kind(frame.kind).name}", frame.stream_id
+    )
