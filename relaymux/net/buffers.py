@@ -1,0 +1,140 @@
+"""
+Receive buffers that are lent out as views and come back by themselves.
+
+A fresh C{bytes} of a few hundred KiB per read costs more than the read: the
+allocator maps the memory, the kernel clears every page of it, and both are
+undone a moment later.  So all readers of a reactor fill the same few
+C{bytearray}s again and again.
+
+Nobody tells the pool that a view is no longer needed: views are sliced, queued
+and kept for resending in places that know nothing of pools, and one forgotten
+release would be a leak, one too many would be corrupted data.  Instead the
+pool asks the buffer.  A C{bytearray} refuses to change its size while any view
+of it exists, so C{pop} fails exactly as long as the buffer is lent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from weakref import WeakKeyDictionary
+
+__all__ = ["BUFFER_SIZE", "BufferPool", "pool_for"]
+
+#: Bytes per buffer.  One read of a UNIX socket returns at most what its sender
+#: was allowed to queue, 208 KiB by Linux's default; more is gained by larger
+#: reads only up to about this size, and it still fits the second-level cache.
+BUFFER_SIZE = 256 * 1024
+
+#: Buffers whose return is waited for.  64 MiB covers twice the default replay
+#: buffer; what is lent beyond that is left to the garbage collector.
+KEPT_BUFFERS = 256
+
+#: Lent buffers looked at when one is needed.  Sessions give back in the order
+#: in which they were lent, so a free one is found among the oldest or, with a
+#: stalled session holding those, after a few turns.
+LOOKED_AT = 4
+
+#: Returned buffers kept for the next need; with more, the longest idle ones go
+#: back to the system.
+IDLE_BUFFERS = 32
+
+_NOTHING = memoryview(b"")
+
+
+class BufferPool:
+    """
+    Memory to receive into, shared by everything that reads in one reactor.
+
+    Reading is three steps with nothing in between, so one half-filled buffer
+    serves all readers in turn::
+
+        room = pool.room(minimum)
+        count = sock.recv_into(room)
+        view = pool.take(count)
+
+    A buffer is filled from front to back, and small reads share it: what they
+    pin is one buffer and not one each.
+
+    @ivar size: bytes per buffer.
+    """
+
+    def __init__(self, size: int = BUFFER_SIZE, kept: int = KEPT_BUFFERS) -> None:
+        """
+        @param size: bytes per buffer.
+        @param kept: buffers whose return is waited for at most.
+        """
+        self.size = size
+        # Two queues: a bounded one of those lent, oldest first, and a bounded
+        # one of those returned.  The latter is used from its warm end, so that
+        # after a burst the working set shrinks to what is in flight again.
+        self._lent: deque[bytearray] = deque(maxlen=kept)
+        self._returned: deque[bytearray] = deque(maxlen=IDLE_BUFFERS)
+        self._filled = 0
+        self._use(self._new())
+
+    def room(self, minimum: int = 1) -> memoryview:
+        """
+        Free space to write into, valid until the next call of this pool.
+
+        @param minimum: bytes needed at least; at most L{size}.  With less
+            than that left of the current buffer the next one is begun.
+        """
+        if self.size - self._filled < minimum:
+            # Without our own views the one just filled may already be free.
+            self._writable = self._readable = _NOTHING
+            self._lent.append(self._current)
+            self._use(self._find())
+        elif not self._filled:
+            return self._writable
+        return self._writable[self._filled :]
+
+    def take(self, count: int) -> memoryview:
+        """
+        @param count: bytes written to what L{room} returned just before.
+        @return: a read-only view of them, for as long as anybody wants it.
+        """
+        start = self._filled
+        self._filled = end = start + count
+        return self._readable[start:end]
+
+    def _use(self, buffer: bytearray) -> None:
+        """Make C{buffer} the one that is filled next."""
+        self._current = buffer
+        # One byte is kept back: taking it away and putting it back is how a
+        # buffer is asked whether it is lent, and that must never reallocate.
+        self._writable = memoryview(buffer)[: self.size]
+        self._readable = self._writable.toreadonly()
+        self._filled = 0
+
+    def _find(self) -> bytearray:
+        """A buffer nobody has a view of: the one just filled, one returned, or a new one."""
+        lent = self._lent
+        if _is_returned(lent[-1]):
+            return lent.pop()
+        for _ in range(min(LOOKED_AT, len(lent))):
+            buffer = lent.popleft()
+            (self._returned if _is_returned(buffer) else lent).append(buffer)
+        return self._returned.pop() if self._returned else self._new()
+
+    def _new(self) -> bytearray:
+        return bytearray(self.size + 1)
+
+
+def _is_returned(buffer: bytearray) -> bool:
+    """Whether no view of C{buffer} is left."""
+    try:
+        buffer.append(buffer.pop())
+    except BufferError:
+        return False
+    return True
+
+
+_pools: WeakKeyDictionary[object, BufferPool] = WeakKeyDictionary()
+
+
+def pool_for(reactor: object) -> BufferPool:
+    """The pool that all readers of C{reactor} share."""
+    pool = _pools.get(reactor)
+    if pool is None:
+        pool = _pools[reactor] = BufferPool()
+    return pool

@@ -1,0 +1,534 @@
+"""
+Connected stream sockets, TCP or UNIX, as Twisted transports that do not copy.
+
+What differs from Twisted's own, and why:
+
+ - Received bytes are read into pooled buffers and handed on as views; written
+   buffers are queued by reference and go out through one C{sendmsg}.
+
+ - Writing and reading fail apart.  A peer that closed its end completely makes
+   our writes fail while bytes it sent before still wait in the kernel; they
+   are delivered before the connection ends.  The reactor sees such a peer as a
+   hang-up and would end the connection at once, so a hang-up that the reactor
+   reports is only taken as a reason to try a system call, whose own answer
+   counts.  (The error must not be asked for with C{SO_ERROR}: that clears it,
+   and a reset would then read as a clean end.)
+
+ - Closing lets the peer finish.  A socket that is closed with unread bytes
+   sends a reset, which can destroy what the peer has not read yet.  So after
+   the queue is flushed and our end shut down, input is read and dropped until
+   the peer's end, for at most L{LINGER_SECONDS}.
+
+States at rest: both directions open; input ended; output ended; closed.
+C{_ending} is the reason with which the connection is closed as soon as input
+has ended too.  C{disconnecting} means input is dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from socket import (
+    AF_UNIX,
+    IPPROTO_TCP,
+    SHUT_WR,
+    SO_KEEPALIVE,
+    SO_LINGER,
+    SOL_SOCKET,
+    TCP_NODELAY,
+    TCP_NOTSENT_LOWAT,
+    TCP_USER_TIMEOUT,
+    socket,
+)
+from struct import pack
+from typing import Any
+
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import (
+    IAddress,
+    IDelayedCall,
+    IHalfCloseableProtocol,
+    IProducer,
+    IProtocol,
+    ISystemHandle,
+    ITCPTransport,
+)
+from twisted.internet.main import CONNECTION_LOST
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from relaymux.interfaces import Buffer, IBufferReceiver, IBufferTransport
+from relaymux.net.addresses import address_of, describe
+from relaymux.net.buffers import BufferPool
+
+__all__ = ["LINGER_SECONDS", "SocketTransport", "TCPTransport", "transport_for", "tune_link"]
+
+#: How long input is still read after our end is closed.  A peer that honours
+#: an end of input answers within a round trip.
+LINGER_SECONDS = 1.0
+
+#: Free space wanted for a read; with less left a new buffer is begun.
+READ_ROOM = 64 * 1024
+
+#: Bytes read before others have their turn in the reactor.
+READ_TURN = 1024 * 1024
+
+#: Bytes at most to a protocol that takes C{bytes}, as Twisted does it.
+PLAIN_READ = 64 * 1024
+
+#: Buffers gathered for one C{sendmsg}.  The kernel allows 1024; a socket
+#: rarely has room for this many, and the rest was gathered in vain.
+SEND_BUFFERS = 64
+
+#: Bytes the kernel may hold that it has not sent yet.  What is urgent then
+#: waits behind this much in front of it and not behind megabytes.
+NOTSENT_LOWAT = 128 * 1024
+
+#: Milliseconds that sent bytes may stay unacknowledged before the connection
+#: is lost; the kernel's own patience is about 15 minutes.
+USER_TIMEOUT = 20_000
+
+#: Seconds until another try when the kernel is short of memory.
+MEMORY_PAUSE = 0.1
+
+_SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
+
+
+@implementer(IBufferTransport, ISystemHandle)
+class SocketTransport(FileDescriptor):
+    """
+    A connected socket carrying one protocol.
+
+    @ivar queuedBytes: bytes written that the kernel has not taken yet.
+    @ivar socket: the socket; closed with the connection.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        sock: socket,
+        protocol: IProtocol,
+        pool: BufferPool,
+        peer: IAddress | None = None,
+        flush_seconds: float | None = None,
+    ) -> None:
+        """
+        @param sock: connected; owned by the transport from now on.
+        @param peer: the other end, where asking the socket may be too late.
+        @param flush_seconds: how long after C{loseConnection} a peer may take
+            to read what is queued before the connection is aborted;
+            L{None}: for ever.
+        """
+        super().__init__(reactor)
+        self._clock = reactor
+        sock.setblocking(False)
+        self.socket = sock
+        self.protocol = protocol
+        self.queuedBytes = 0
+        self.connected = 1
+        self._pool = pool
+        self._flush_seconds = flush_seconds
+        # Bounded by the producer's obedience: it is paused while anything is here.
+        self._queue: deque[Buffer] = deque()
+        self._input_open = True
+        self._output_open = True
+        self._output_ending = False
+        self._output_reset = False
+        self._paused = False
+        self._aborted = False
+        self._ending: Exception | None = None
+        self._timers: list[IDelayedCall] = []
+        self._receiver = protocol if IBufferReceiver.providedBy(protocol) else None
+        self._log_prefix = self._getLogPrefix(protocol)
+        # Asked now, since nobody can ask a closed socket.
+        self._host = address_of(sock, sock.getsockname())
+        self._peer = peer or address_of(sock, sock.getpeername())
+
+    def begin(self) -> None:
+        """
+        Connect the protocol and start reading; called once, by who made this
+        transport.  An exception of the protocol ends the connection.
+        """
+        self._tell(lambda: self.protocol.makeConnection(self))
+        if self.connected and not self._paused:
+            self.startReading()
+
+    # What the socket is
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def logPrefix(self) -> str:
+        return self._log_prefix
+
+    def getHandle(self) -> socket:
+        return self.socket
+
+    def getHost(self) -> IAddress:
+        return self._host
+
+    def getPeer(self) -> IAddress:
+        return self._peer
+
+    # Reading
+
+    def pauseProducing(self) -> None:
+        # The reactor goes on watching until it finds something to read: often
+        # we are resumed before, and two changes of its set are saved.
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        if self.connected and self._input_open:
+            self.startReading()
+
+    def doRead(self) -> None:
+        if self._paused and not self.disconnecting:
+            self.stopReading()
+            return
+        turn = READ_TURN
+        while turn > 0 and self._input_open:
+            room = self._pool.room(READ_ROOM)
+            if self._receiver is None:
+                room = room[:PLAIN_READ]
+            try:
+                count = self.socket.recv_into(room)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._receiving_failed(error)
+                return
+            if not count:
+                self._input_ended()
+                return
+            if not self.disconnecting:
+                if self._receiver is not None:
+                    self._receiver.buffersReceived((self._pool.take(count),))
+                else:
+                    self.protocol.dataReceived(bytes(room[:count]))
+                if self._paused:
+                    return
+            if count < len(room):
+                return
+            turn -= count
+
+    def _receiving_failed(self, error: OSError) -> None:
+        if error.errno in _SHORT_OF_MEMORY:
+            self.stopReading()
+            self._later(MEMORY_PAUSE, self.resumeProducing)
+        else:
+            self._close(ConnectionLost(f"reading from {describe(self._peer)}: {error.strerror}"))
+
+    def _input_ended(self) -> None:
+        """The peer sends nothing more."""
+        self._input_open = False
+        self.stopReading()
+        half_closeable = IHalfCloseableProtocol(self.protocol, None)
+        if self.disconnecting or self._output_reset:
+            pass
+        elif half_closeable is not None:
+            half_closeable.readConnectionLost()
+        elif self._ending is None:
+            self._ending = ConnectionDone()
+            if self._queue:
+                self._ending = ConnectionLost(
+                    f"{describe(self._peer)} closed the connection before"
+                    f" it had taken the last {self.queuedBytes} bytes"
+                )
+        if self._ending is not None:
+            self._close(self._ending)
+
+    # Writing
+
+    def write(self, data: bytes) -> None:
+        self.writeBuffers((data,))
+
+    def writeSequence(self, iovec: Iterable[bytes]) -> None:
+        self.writeBuffers(tuple(iovec))
+
+    def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
+        total = 0
+        for buffer in buffers:
+            if not isinstance(buffer, (bytes, memoryview)):
+                raise TypeError(f"data must be bytes or a memoryview, not {type(buffer).__name__}")
+            total += len(buffer)
+        if not total or not self._output_open or self._output_ending:
+            return
+        if self._queue:
+            self._queue.extend(buffers)
+            self.queuedBytes += total
+            return
+        self._queue.extend(buffers)
+        self.queuedBytes = total
+        sent = self._send()
+        if self._queue:
+            self.startWriting()
+            self._hold_producer()
+        elif self.producer is not None and not self.streamingProducer:
+            self.startWriting()
+        if sent and self._receiver is not None:
+            self._receiver.buffersWritten(sent)
+
+    def doWrite(self) -> None:
+        sent = self._send() if self._queue else 0
+        if sent and self._receiver is not None:
+            self._receiver.buffersWritten(sent)
+        if self._queue or not self._output_open:
+            return
+        self.stopWriting()
+        producer: Any = self.producer
+        if self._output_ending:
+            self._end_output()
+        elif producer is not None and (self.producerPaused or not self.streamingProducer):
+            self.producerPaused = False
+            producer.resumeProducing()
+            if self.disconnecting and self.streamingProducer and not self._queue:
+                self._end_output()
+        elif self.disconnecting:
+            self._end_output()
+
+    def _send(self) -> int:
+        """Give the kernel what it takes of the queue.  @return: how many bytes those are."""
+        queue = self._queue
+        try:
+            if len(queue) == 1:
+                sent = self.socket.send(queue[0])
+            else:
+                sent = self.socket.sendmsg(islice(queue, SEND_BUFFERS))
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._sending_failed(error)
+            return 0
+        self.queuedBytes -= sent
+        if not self.queuedBytes:
+            queue.clear()
+            return sent
+        left = sent
+        while left >= len(queue[0]):
+            left -= len(queue.popleft())
+        if left:
+            queue[0] = memoryview(queue[0])[left:]
+        return sent
+
+    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+        super().registerProducer(producer, streaming)
+        self.producerPaused = False
+        if self._queue:
+            self._hold_producer()
+
+    def _hold_producer(self) -> None:
+        producer: Any = self.producer
+        if producer is not None and self.streamingProducer and not self.producerPaused:
+            self.producerPaused = True
+            producer.pauseProducing()
+
+    def _sending_failed(self, error: OSError) -> None:
+        self.stopWriting()
+        if error.errno in _SHORT_OF_MEMORY:
+            self._later(MEMORY_PAUSE, self.startWriting)
+            return
+        self._output_open = False
+        self._output_reset = error.errno != errno.EPIPE
+        self._ending = ConnectionLost(
+            f"writing to {describe(self._peer)}: {error.strerror};"
+            f" {self.queuedBytes} bytes were not taken"
+        )
+        self._drop_queue()
+        # Told later, since whoever is writing does not expect to be called back.
+        self._later(0, self._output_failed, self._ending)
+
+    def _output_failed(self, reason: Exception) -> None:
+        """What is written is lost; what the peer sent before is not."""
+        half_closeable = IHalfCloseableProtocol(self.protocol, None)
+        if not self._input_open:
+            self._close(reason)
+        elif half_closeable is None or self.disconnecting:
+            self._later(LINGER_SECONDS, self._close, reason)
+        else:
+            self._tell(half_closeable.writeConnectionLost)
+
+    # Ending
+
+    def loseWriteConnection(self) -> None:
+        """Send what is queued, then the end of our output; the input stays as it is."""
+        if self._output_open and not self._output_ending:
+            self._output_ending = True
+            self.startWriting()
+
+    def loseConnection(self) -> None:
+        """
+        Send what is queued, then close.
+
+        Nothing is delivered any more from now on.
+        """
+        if not self.connected or self.disconnecting:
+            return
+        self.disconnecting = 1
+        if self._input_open:
+            self.startReading()
+        if self._output_open:
+            self.startWriting()
+            if self._flush_seconds is not None:
+                self._later(self._flush_seconds, self._flush_overdue)
+        else:
+            self._linger()
+
+    def abortConnection(self) -> None:
+        """
+        Close at once: queued bytes are dropped, received ones stay unread.
+
+        A TCP peer sees a reset; a UNIX peer does if it had sent something we
+        had not read, and else an end of input.
+        """
+        if not self.connected or self._aborted:
+            return
+        self._aborted = True
+        self._input_open = self._output_open = False
+        self._drop_queue()
+        self.stopReading()
+        self.stopWriting()
+        self.socket.setsockopt(SOL_SOCKET, SO_LINGER, pack("ii", 1, 0))
+        self.socket.close()
+        self._later(0, self._close, ConnectionAborted())
+
+    def connectionLost(self, reason: Failure) -> None:
+        """
+        Called by the reactor: an exception left the protocol, the reactor
+        stops, or a hang-up was seen while reading was paused.
+
+        In the last case bytes may wait to be read; the reactor has stopped
+        watching us.
+        """
+        error = reason.value or ConnectionLost()
+        hang_up = type(error) is ConnectionLost and error is not CONNECTION_LOST and not error.args
+        if not hang_up:
+            self._close(error)
+            return
+        if self._input_open and not self._paused:
+            self.startReading()
+        self.doWrite()
+        if self._queue:
+            self.startWriting()
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        """Called by the reactor: a hang-up while reading; the system call says which."""
+        self.startReading()
+        self.doRead()
+
+    def _end_output(self) -> None:
+        """Everything is flushed: tell the peer that nothing more comes."""
+        self._output_open = False
+        self._ending = ConnectionDone()
+        try:
+            self.socket.shutdown(SHUT_WR)
+        except OSError as error:
+            self._ending = ConnectionLost(f"closing {describe(self._peer)}: {error.strerror}")
+        half_closeable = IHalfCloseableProtocol(self.protocol, None)
+        if self.disconnecting or not self._input_open:
+            self._linger()
+        elif half_closeable is not None:
+            half_closeable.writeConnectionLost()
+
+    def _linger(self) -> None:
+        """Our end is closed: wait a little for the peer's."""
+        assert self._ending is not None
+        if self._input_open:
+            self._later(LINGER_SECONDS, self._close, self._ending)
+        else:
+            self._close(self._ending)
+
+    def _flush_overdue(self) -> None:
+        if self._output_open:
+            self._log.warn(
+                "{peer} does not read: closing without its having taken the last {count} bytes",
+                peer=describe(self._peer),
+                count=self.queuedBytes,
+            )
+            self.abortConnection()
+
+    def _close(self, error: BaseException) -> None:
+        """The one place where the connection ends."""
+        if not self.connected:
+            return
+        for timer in self._timers:
+            if timer.active():
+                timer.cancel()
+        self._input_open = self._output_open = False
+        self._drop_queue()
+        reason = Failure(error)
+        super().connectionLost(reason)
+        self.socket.close()
+        self.protocol.connectionLost(reason)
+
+    # Helpers
+
+    def _drop_queue(self) -> None:
+        self._queue.clear()
+        self.queuedBytes = 0
+
+    def _later(self, seconds: float, call: Callable[..., object], *args: object) -> None:
+        self._timers = [timer for timer in self._timers if timer.active()]
+        self._timers.append(self._clock.callLater(seconds, call, *args))
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        """Call the protocol where the reactor would not end us for its exception."""
+        try:
+            call()
+        except Exception as error:
+            self._log.failure("exception from {protocol}", protocol=self._log_prefix)
+            self._close(error)
+
+
+@implementer(ITCPTransport)
+class TCPTransport(SocketTransport):
+    """A L{SocketTransport} with what only TCP has."""
+
+    _host: IPv4Address | IPv6Address
+    _peer: IPv4Address | IPv6Address
+
+    def getHost(self) -> IPv4Address | IPv6Address:
+        return self._host
+
+    def getPeer(self) -> IPv4Address | IPv6Address:
+        return self._peer
+
+    def getTcpNoDelay(self) -> bool:
+        return bool(self.socket.getsockopt(IPPROTO_TCP, TCP_NODELAY))
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, enabled)
+
+    def getTcpKeepAlive(self) -> bool:
+        return bool(self.socket.getsockopt(SOL_SOCKET, SO_KEEPALIVE))
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        self.socket.setsockopt(SOL_SOCKET, SO_KEEPALIVE, enabled)
+
+
+def transport_for(
+    reactor: Any,
+    sock: socket,
+    protocol: IProtocol,
+    pool: BufferPool,
+    peer: IAddress | None = None,
+    flush_seconds: float | None = None,
+) -> SocketTransport:
+    """Make the transport for C{sock}, by its family; parameters as of L{SocketTransport}."""
+    kind = SocketTransport if sock.family == AF_UNIX else TCPTransport
+    return kind(reactor, sock, protocol, pool, peer, flush_seconds)
+
+
+def tune_link(sock: socket) -> None:
+    """Set what a TCP connection between two daemons wants: low delay, and an early notice of a dead peer."""
+    sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+    sock.setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+    sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT)
+    sock.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
