@@ -9,26 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
-
 from twisted.internet.interfaces import IStreamClientEndpoint, IStreamServerEndpoint
 from zope.interface import Attribute, Interface
 
-if TYPE_CHECKING:
-    from typing_extensions import TypeAlias
+from relaymux.core.frames import Buffer
 
 __all__ = [
     "Buffer",
     "IBufferReceiver",
     "IBufferTransport",
+    "IHalfReadTransport",
     "IIdentifiedTransport",
     "IRelayTransport",
     "TransportSettings",
 ]
-
-#: Bytes that are passed on without being copied.  Whoever is given one may
-#: keep it, slice it and hand it on, and must never change it.
-Buffer: TypeAlias = Union[bytes, memoryview]
 
 
 class IBufferTransport(Interface):
@@ -72,6 +66,19 @@ class IBufferReceiver(Interface):
         """
         C{count} more bytes given to C{writeBuffers} (or C{write}) were taken
         by the kernel.  May be called from within C{writeBuffers}.
+        """
+
+
+class IHalfReadTransport(Interface):
+    """A connected transport whose two directions can be closed one by one by this side."""
+
+    def loseReadConnection() -> None:
+        """
+        Take nothing more from the peer, ever.
+
+        Bytes that wait unread are dropped, the peer's further writes fail where
+        the transport can make them, and C{readConnectionLost} is not called.
+        Our own direction goes on.
         """
 
 

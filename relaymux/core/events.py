@@ -5,7 +5,6 @@ What happened, as told by L{Session} and L{Link}: in the past tense, oldest firs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 from relaymux.core.handshake import Hello, Welcome
 
@@ -137,17 +136,17 @@ class LinkEnded:
     session_over: bool
 
 
-Event = Union[
-    StreamOpened,
-    StreamAccepted,
-    StreamRefused,
-    DataReceived,
-    StreamFinished,
-    StreamReset,
-    SendingStopped,
-    StreamClosed,
-    GoawayReceived,
-    HelloReceived,
-    WelcomeReceived,
-    LinkEnded,
-]
+Event = (
+    StreamOpened
+    | StreamAccepted
+    | StreamRefused
+    | DataReceived
+    | StreamFinished
+    | StreamReset
+    | SendingStopped
+    | StreamClosed
+    | GoawayReceived
+    | HelloReceived
+    | WelcomeReceived
+    | LinkEnded
+)

@@ -19,11 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import IntEnum
 from struct import Struct
-from typing import Union
 
 from relaymux.errors import ErrorCode, RemoteProtocolError
 
-Buffer = Union[bytes, memoryview]
+#: Bytes that are passed on without being copied.  Whoever is given one may keep it,
+#: slice it and hand it on, and must never change it.
+Buffer = bytes | memoryview
 
 HEADER = Struct("!BBHII")
 HEADER_BYTES = HEADER.size
@@ -173,7 +174,7 @@ class FrameDecoder:
         if flags or reserved:
             raise RemoteProtocolError(
                 ErrorCode.PROTOCOL_ERROR,
-                f"{Kind(kind).name} frame with flags 0x{flags:02x} and reserved 0x{reserved:04x}; both must be 0",
+                f"{Kind(kind).name} frame with flags 0x{flags:02x}, reserved 0x{reserved:04x}: must be 0",
                 stream_id,
             )
         limit = self._max_payload if kind == _DATA else MAX_CONTROL_PAYLOAD

@@ -102,9 +102,7 @@ class Welcome(Hello):
 
     def encode(self) -> bytes:
         """@return: the payload of a WELCOME."""
-        return (
-            _PREFIX.pack(MAGIC, VERSION) + _IDS.pack(self.session_id, self.resume_key) + _pack_terms(self)
-        )
+        return _PREFIX.pack(MAGIC, VERSION) + _IDS.pack(self.session_id, self.resume_key) + _pack_terms(self)
 
 
 def decode_hello(payload: bytes) -> Hello:
@@ -207,7 +205,9 @@ def _pack_terms(hello: Hello) -> bytes:
 
 def _unpack_terms(data: bytes, frame: str) -> tuple[str, bytes, Limits, dict[int, bytes]]:
     try:
-        _, max_payload, max_streams, window, replay, resume_ms, silence_ms, instance = _FIXED.unpack_from(data)
+        _, max_payload, max_streams, window, replay, resume_ms, silence_ms, instance = _FIXED.unpack_from(
+            data
+        )
         name_end = _FIXED.size + 1 + data[_FIXED.size]
         name = data[_FIXED.size + 1 : name_end].decode("ascii")
     except (StructError, IndexError, UnicodeDecodeError) as error:

@@ -86,6 +86,11 @@ class Link:
         if hello:
             self._out.append(encode(Kind.HELLO, 0, hello.encode()))
 
+    @property
+    def ended(self) -> bool:
+        """Whether the link is over: what is queued may still be sent."""
+        return self.state is LinkState.ENDED
+
     # Calls from this side.
 
     def welcome(self, welcome: Welcome) -> None:
@@ -126,7 +131,7 @@ class Link:
         @return: what happened, oldest first, each before the next frame is
             looked at: an answer given meanwhile is in time for what follows.
         """
-        if self.state is LinkState.ENDED:
+        if self.ended:
             return
         self._heard_at = now
         try:
@@ -136,7 +141,7 @@ class Link:
                         yield from self._open_session(frame).receive_frame(frame)
                     else:
                         yield from self._on_link_frame(frame, now)
-                    if self.state is LinkState.ENDED:
+                    if self.ended:
                         return
         except RemoteProtocolError as error:
             yield self._fault(error)
@@ -163,7 +168,7 @@ class Link:
 
     def next_timer(self) -> float:
         """@return: when L{handle_timer} wants to be called; infinity once the link has ended."""
-        if self.state is LinkState.ENDED:
+        if self.ended:
             return float("inf")
         if self.state is not LinkState.OPEN:
             return self._handshake_until
@@ -177,7 +182,7 @@ class Link:
         @return: L{LinkEnded} if time is up.
         """
         session = self.session
-        if self.state is LinkState.ENDED:
+        if self.ended:
             return []
         if session is None:
             if now < self._handshake_until:
@@ -260,9 +265,7 @@ class Link:
             return self.reject(error.code, str(error))
         return self.goodbye(error.code, str(error))
 
-    def _end(
-        self, code: int, text: str, *, by_peer: bool = False, session_over: bool = False
-    ) -> LinkEnded:
+    def _end(self, code: int, text: str, *, by_peer: bool = False, session_over: bool = False) -> LinkEnded:
         self.state = LinkState.ENDED
         self.session = None
         return LinkEnded(code, text, by_peer, session_over)

@@ -223,7 +223,9 @@ class Session:
     @property
     def can_open(self) -> bool:
         """Whether C{open_stream} would be allowed now."""
-        return not (self._goaway_received or self._goaway_sent) and self._opened_here < self._remote.max_streams
+        return (
+            not (self._goaway_received or self._goaway_sent) and self._opened_here < self._remote.max_streams
+        )
 
     @property
     def settled(self) -> bool:
@@ -310,7 +312,9 @@ class Session:
         decode_extensions(payload[name_end:], "OPEN")
         if stream_id != self._next_peer_id:
             raise RemoteProtocolError(
-                ErrorCode.PROTOCOL_ERROR, f"OPEN with id {stream_id}, expected {self._next_peer_id}", stream_id
+                ErrorCode.PROTOCOL_ERROR,
+                f"OPEN with id {stream_id}, expected {self._next_peer_id}",
+                stream_id,
             )
         if self._opened_by_peer >= self._local.max_streams:
             raise RemoteProtocolError(
@@ -380,7 +384,9 @@ class Session:
         (code,) = _unpack(STOP, frame)
         send = stream.send
         if send.state is SendState.CLOSED:
-            raise RemoteProtocolError(ErrorCode.STREAM_STATE_ERROR, "STOP_SENDING after CLOSED", frame.stream_id)
+            raise RemoteProtocolError(
+                ErrorCode.STREAM_STATE_ERROR, "STOP_SENDING after CLOSED", frame.stream_id
+            )
         if send.state is SendState.ENDED:
             return []  # our FIN or RESET crossed it
         self.reset(frame.stream_id, code)

@@ -1,0 +1,235 @@
+"""
+Couples a local UNIX socket to a stream, byte for byte, end for end.
+
+What happens at one end is done at the other, as if QEMU's two sockets were one::
+
+    local socket                         stream
+    end of input                ->       FIN
+    reset, or read error        ->       RESET and STOP_SENDING
+    takes no more (EPIPE)       ->       STOP_SENDING
+    output ended, all delivered <-       FIN
+    closed abruptly             <-       RESET, refusal, session lost
+    input shut                  <-       STOP_SENDING
+
+Each end is the other's producer, so neither reads what the other cannot take.
+Bytes count as consumed, and give the peer new credit, when the kernel has taken
+them for the local socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from relaymux.errors import ErrorCode
+from relaymux.interfaces import IBufferReceiver
+from relaymux.net.sockets import SocketTransport
+from relaymux.net.stream import StreamTransport
+
+__all__ = ["Bridge"]
+
+
+@implementer(IBufferReceiver, IHalfCloseableProtocol, IPushProducer)
+class LocalEnd(Protocol):
+    """
+    The protocol of the local socket.  Until L{Bridge.join} it reads nothing:
+    what is unread when the stream cannot be had stays unread, and the local
+    program sees a reset where the kernel can show one.
+    """
+
+    transport: SocketTransport
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    def connectionMade(self) -> None:
+        self.transport.pauseProducing()
+        self._bridge.connected()
+
+    def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
+        self._bridge.from_local(buffers)
+
+    def buffersWritten(self, count: int) -> None:
+        self._bridge.written_locally(count)
+
+    def readConnectionLost(self) -> None:
+        self._bridge.local_finished()
+
+    def writeConnectionLost(self) -> None:
+        self._bridge.local_stopped()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._bridge.local_lost(reason)
+
+    # As the stream's producer.
+
+    def pauseProducing(self) -> None:
+        self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self.transport.resumeProducing()
+
+    def stopProducing(self) -> None:
+        """The stream is over, which the other end is told with its reason."""
+
+
+@implementer(IBufferReceiver, IHalfCloseableProtocol, IPushProducer)
+class StreamEnd(Protocol):
+    """The protocol of the stream."""
+
+    def __init__(self, bridge: Bridge, stream: StreamTransport) -> None:
+        self._bridge = bridge
+        self._stream = stream
+
+    def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
+        self._bridge.from_stream(buffers)
+
+    def buffersWritten(self, count: int) -> None:
+        """Of no interest: what the peer took is told by its credit."""
+
+    def readConnectionLost(self) -> None:
+        self._bridge.stream_finished()
+
+    def writeConnectionLost(self) -> None:
+        self._bridge.stream_stopped()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._bridge.stream_lost(reason)
+
+    # As the local socket's producer.
+
+    def pauseProducing(self) -> None:
+        self._stream.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self._stream.resumeProducing()
+
+    def stopProducing(self) -> None:
+        """The local socket is gone, which the other end is told with its reason."""
+
+
+class Bridge:
+    """
+    One local connection and its stream.
+
+    @ivar local: the protocol to give to the local connection.
+    @ivar sent: bytes read from the local socket.
+    @ivar received: bytes that the kernel took for the local socket.
+    """
+
+    def __init__(
+        self, lost: Callable[[Bridge, Failure], None], connected: Callable[[], None] = lambda: None
+    ) -> None:
+        """
+        @param connected: called when the local connection is there.
+        @param lost: called once, when neither end is left, with the reason why
+            the first of them ended: C{ConnectionDone} if all was in order.
+        """
+        self.local = LocalEnd(self)
+        self.connected = connected
+        self.sent = 0
+        self.received = 0
+        self._lost = lost
+        self._stream: StreamTransport | None = None
+        self._local_open = True
+        self._reason: Failure | None = None
+
+    @property
+    def is_local_open(self) -> bool:
+        """Whether the local connection was not lost yet."""
+        return self._local_open
+
+    def join(self, stream: StreamTransport) -> None:
+        """Let bytes flow; C{local} is connected."""
+        self._stream = stream
+        if not self._local_open:
+            stream.abort(ErrorCode.LOCAL_RESET)
+            return
+        end = StreamEnd(self, stream)
+        socket = self.local.transport
+        stream.begin(end, manual_credit=True)
+        stream.registerProducer(cast(IPushProducer, self.local), True)
+        socket.registerProducer(cast(IPushProducer, end), True)
+        socket.resumeProducing()
+
+    def refuse(self, reason: Failure) -> None:
+        """There will be no stream: close the local connection, as abruptly as the kernel can."""
+        self._reason = self._reason or reason
+        self.local.transport.abortConnection()
+
+    # From the local end.
+
+    def from_local(self, buffers: Sequence[memoryview]) -> None:
+        """Bytes for the peer."""
+        assert self._stream is not None
+        self.sent += sum(map(len, buffers))
+        self._stream.writeBuffers(buffers)
+
+    def written_locally(self, count: int) -> None:
+        """The kernel took bytes of the peer."""
+        self.received += count
+        if self._stream is not None:
+            self._stream.consumed(count)
+
+    def local_finished(self) -> None:
+        """The local program sends nothing more."""
+        if self._stream is not None:
+            self._stream.loseWriteConnection()
+
+    def local_stopped(self) -> None:
+        """The local program takes nothing more."""
+        if self._stream is not None:
+            self._stream.stop_receiving(ErrorCode.LOCAL_CLOSED)
+
+    def local_lost(self, reason: Failure) -> None:
+        """The local connection is gone."""
+        self._local_open = False
+        self._reason = self._reason or reason
+        stream = self._stream
+        if stream is not None and stream.connected:
+            if reason.check(ConnectionDone):
+                # All it had was sent, and all it wanted was taken.
+                stream.loseConnection()
+            elif stream.writable:
+                stream.abort(ErrorCode.LOCAL_RESET)
+            else:
+                # Its input had ended in order before: what was read still arrives.
+                stream.stop_receiving(ErrorCode.LOCAL_CLOSED)
+        self._check_over()
+
+    # From the stream.
+
+    def from_stream(self, buffers: Sequence[memoryview]) -> None:
+        """Bytes for the local program."""
+        self.local.transport.writeBuffers(buffers)
+
+    def stream_finished(self) -> None:
+        """The peer sends nothing more, and all it sent was written."""
+        self.local.transport.loseWriteConnection()
+
+    def stream_stopped(self) -> None:
+        """The peer takes nothing more."""
+        self.local.transport.loseReadConnection()
+
+    def stream_lost(self, reason: Failure) -> None:
+        """The stream is over."""
+        self._reason = self._reason or reason
+        if self._local_open:
+            if reason.check(ConnectionDone):
+                self.local.transport.unregisterProducer()
+                self.local.transport.loseConnection()
+            else:
+                self.local.transport.abortConnection()
+        self._check_over()
+
+    def _check_over(self) -> None:
+        over = self._stream is None or not self._stream.connected
+        if over and not self._local_open and self._reason is not None:
+            lost, self._lost = self._lost, lambda _bridge, _reason: None
+            lost(self, self._reason)

@@ -1,0 +1,208 @@
+"""
+A link as a Twisted protocol, over whatever transport carries it.
+
+It moves bytes between the transport and the L{Link} of the core and decides
+nothing: what happened goes to the owner.  Over a transport that provides
+L{IBufferTransport} buffers pass through as they are; over any other the same
+happens with C{dataReceived} and C{writeSequence}.
+
+Backpressure: the transport pauses this protocol (an IPushProducer) while it
+has bytes that the kernel did not take.  Nothing is then taken out of the
+session; its streams fill, and pause their own producers.  Receiving never
+pauses, or two daemons waiting for one another's credit would wait for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from typing import Protocol as Contract
+
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from relaymux.core.events import Event, LinkEnded
+from relaymux.core.frames import Buffer
+from relaymux.core.link import Link
+from relaymux.interfaces import IBufferReceiver, IBufferTransport, IIdentifiedTransport
+
+__all__ = ["LinkOwner", "LinkProtocol"]
+
+#: Data handed to the transport at once.  What the kernel does not take of it is all
+#: that can be in front of an urgent frame in this process.
+FLUSH_BYTES = 1024 * 1024
+
+#: Seconds for the last frame (the reason) to leave before the connection is aborted.
+CLOSE_SECONDS = 5.0
+
+
+class LinkOwner(Contract):
+    """Whoever holds the session: told in order, synchronously."""
+
+    def link_event(self, link: LinkProtocol, event: Event) -> None:
+        """Something happened on C{link}."""
+
+    def link_lost(self, link: LinkProtocol, reason: Failure) -> None:
+        """The connection is gone; the last call for C{link}."""
+
+    def link_flushed(self, link: LinkProtocol) -> None:
+        """Frames were handed to the transport: streams may have drained."""
+
+
+@implementer(IBufferReceiver, IPushProducer)
+class LinkProtocol(Protocol):
+    """
+    One link's connection.
+
+    @ivar link: the state machine; owned by this protocol.
+    @ivar generation: a number that rises with every link of its owner, for logs.
+    """
+
+    transport: Any  # ITransport and IConsumer, which Twisted has no one interface for
+
+    def __init__(self, reactor: IReactorTime, link: Link, owner: LinkOwner, generation: int) -> None:
+        self.link = link
+        self.generation = generation
+        self._reactor = reactor
+        self._owner = owner
+        self._receiving = False
+        self._flushing = False
+        self._paused = False
+        self._closing = False
+        self._lost = False
+        self._buffer_transport: IBufferTransport | None = None
+        self._timer: IDelayedCall | None = None
+        self._timer_at = float("inf")
+        self._close_timer: IDelayedCall | None = None
+
+    @property
+    def peer_identity(self) -> str:
+        """The name the transport has checked; empty if it checks none."""
+        transport = self.transport
+        return str(transport.peerIdentity) if IIdentifiedTransport.providedBy(transport) else ""
+
+    # IProtocol
+
+    def connectionMade(self) -> None:
+        if IBufferTransport.providedBy(self.transport):
+            self._buffer_transport = self.transport
+        self.transport.registerProducer(self, True)
+        self.flush()
+        self._schedule()
+
+    def dataReceived(self, data: bytes) -> None:
+        self.buffersReceived((memoryview(data),))
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._closing = self._lost = True
+        for timer in (self._timer, self._close_timer):
+            if timer is not None and timer.active():
+                timer.cancel()
+        self._timer = self._close_timer = None
+        self._owner.link_lost(self, reason)
+
+    # IBufferReceiver
+
+    def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
+        self._receiving = True
+        try:
+            for event in self.link.receive(buffers, self._reactor.seconds()):
+                self._happened(event)
+        finally:
+            self._receiving = False
+        self.flush()
+        self._schedule()
+
+    def buffersWritten(self, count: int) -> None:
+        """Nothing depends on it: what the peer has is known from its acks."""
+
+    # IPushProducer, for the transport
+
+    def pauseProducing(self) -> None:
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        self.flush()
+
+    def stopProducing(self) -> None:
+        self._paused = True
+
+    # For the owner
+
+    def flush(self) -> None:
+        """
+        Hand to the transport what there is to send, as far as it takes it.
+
+        Called whenever something was said; while received bytes are being
+        worked through it waits for the end of that.
+        """
+        if self._receiving or self._flushing or self._closing or self.transport is None:
+            return
+        self._flushing = True
+        try:
+            while not self._paused:
+                buffers = self.link.data_to_send(FLUSH_BYTES)
+                if not buffers:
+                    break
+                self._write(buffers)
+                # May write to streams again: their bytes leave in the next round.
+                self._owner.link_flushed(self)
+        finally:
+            self._flushing = False
+
+    def end(self, event: LinkEnded) -> None:
+        """Tell the owner, send the reason why, and close the connection: within L{CLOSE_SECONDS}."""
+        if self._closing or self.transport is None:
+            return
+        self._closing = True
+        self._owner.link_event(self, event)
+        buffers = self.link.data_to_send(FLUSH_BYTES)
+        if buffers:
+            self._write(buffers)
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
+        if not self._lost:
+            self._close_timer = self._reactor.callLater(CLOSE_SECONDS, self.abort)
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self._closing = True
+        if self.transport is not None and not self._lost:
+            abort = getattr(self.transport, "abortConnection", self.transport.loseConnection)
+            abort()
+
+    # Inside
+
+    def _happened(self, event: Event) -> None:
+        if isinstance(event, LinkEnded):
+            self.end(event)
+        else:
+            self._owner.link_event(self, event)
+
+    def _write(self, buffers: list[Buffer]) -> None:
+        if self._buffer_transport is not None:
+            self._buffer_transport.writeBuffers(buffers)
+        else:
+            self.transport.writeSequence([bytes(buffer) for buffer in buffers])
+
+    def _schedule(self) -> None:
+        """See that C{handle_timer} is called in time; an earlier call than needed does no harm."""
+        due = self.link.next_timer()
+        if due == float("inf") or self._closing:
+            return
+        if self._timer is not None and self._timer.active():
+            if self._timer_at <= due:
+                return
+            self._timer.cancel()
+        self._timer_at = due
+        self._timer = self._reactor.callLater(max(0.0, due - self._reactor.seconds()), self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        self._timer = None
+        for event in self.link.handle_timer(self._reactor.seconds()):
+            self._happened(event)
+        self.flush()
+        self._schedule()

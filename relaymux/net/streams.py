@@ -1,0 +1,189 @@
+"""
+The streams of one session, as transports: who gets which event, who waits for an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol as Contract
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from relaymux.core.events import (
+    DataReceived,
+    Event,
+    SendingStopped,
+    StreamAccepted,
+    StreamClosed,
+    StreamFinished,
+    StreamOpened,
+    StreamRefused,
+    StreamReset,
+)
+from relaymux.core.session import Session
+from relaymux.errors import ErrorCode, RelaymuxError, SessionLost
+from relaymux.errors import StreamReset as StreamResetError
+from relaymux.net.stream import StreamTransport
+
+__all__ = ["OpenRequest", "Service", "SessionStreams"]
+
+
+class Service(Contract):
+    """What incoming streams are handed to, in the order in which the peer opened them."""
+
+    def stream_opened(self, stream: StreamTransport) -> None:
+        """Answer with C{stream.accept} or C{stream.refuse}, now or later."""
+
+
+class OpenRequest:
+    """
+    A stream that somebody wants.
+
+    @ivar result: fires with the stream when the peer's end is connected.
+    """
+
+    def __init__(self, service: str, forget: Callable[[OpenRequest], None]) -> None:
+        """@param forget: called if the request is cancelled before a stream was opened for it."""
+        self.service = service
+        self._forget = forget
+        self.stream: StreamTransport | None = None
+        self.timer: IDelayedCall | None = None
+        self.result: Deferred[StreamTransport] = Deferred(self._cancelled)
+
+    def succeed(self, stream: StreamTransport) -> None:
+        """The stream is usable."""
+        self._stop_timer()
+        if not self.result.called:
+            self.result.callback(stream)
+
+    def fail(self, error: RelaymuxError) -> None:
+        """It will not come; a stream that was opened for it is aborted."""
+        self._stop_timer()
+        if not self.result.called:
+            self.result.errback(error)
+
+    def _cancelled(self, _: object) -> None:
+        self._stop_timer()
+        if self.stream is not None:
+            self.stream.abort(ErrorCode.ABORTED)
+        else:
+            self._forget(self)
+
+    def _stop_timer(self) -> None:
+        if self.timer is not None and self.timer.active():
+            self.timer.cancel()
+
+
+class SessionStreams:
+    """
+    @ivar session: the session; nobody else calls it.
+    @ivar peer_name: for addresses and logs.
+    @ivar undelivered: bytes accepted for streams that are closed, which the peer
+        did not report as taken by its consumer.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        session: Session,
+        peer_name: str,
+        services: Mapping[str, Service],
+        flush: Callable[[], None],
+    ) -> None:
+        """@param flush: sends what was said on the current link."""
+        self.session = session
+        self.peer_name = peer_name
+        self.flush = flush
+        self.undelivered = 0
+        self._services = services
+        self._streams: dict[int, StreamTransport] = {}
+        self._unanswered: dict[int, OpenRequest] = {}  # bounded by the peer's max_streams
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, request: OpenRequest) -> None:
+        """Open a stream for C{request}, or fail it."""
+        try:
+            stream_id = self.session.open_stream(request.service)
+        except RelaymuxError as error:
+            request.fail(error)
+            return
+        request.stream = StreamTransport(self, stream_id, request.service, outgoing=True)
+        self._streams[stream_id] = request.stream
+        self._unanswered[stream_id] = request
+
+    def handle(self, events: Iterable[Event]) -> None:
+        """Tell the streams concerned."""
+        for event in events:
+            if isinstance(event, StreamOpened):
+                self._opened(event)
+                continue
+            stream = self._streams.get(getattr(event, "stream_id", 0))
+            if isinstance(event, StreamClosed):
+                self.undelivered += event.accepted - event.delivered
+            if stream is not None:
+                self._tell(stream, event)
+
+    def drained(self) -> None:
+        """Frames left: producers of streams with nothing queued may go on."""
+        for stream_id in self.session.take_drained():
+            stream = self._streams.get(stream_id)
+            if stream is not None:
+                stream.drained()
+
+    def gone(self, stream: StreamTransport) -> None:
+        """C{stream} is over."""
+        self._streams.pop(stream.stream_id, None)
+        request = self._unanswered.pop(stream.stream_id, None)
+        if request is not None:
+            request.fail(StreamResetError(ErrorCode.ABORTED, "the stream ended before it was answered"))
+
+    def fail_all(self, error: SessionLost) -> None:
+        """The session is over."""
+        unanswered, self._unanswered = self._unanswered, {}
+        for request in unanswered.values():
+            request.fail(error)
+        for stream in list(self._streams.values()):
+            stream.ended(Failure(error))
+
+    def _opened(self, event: StreamOpened) -> None:
+        service = self._services.get(event.service)
+        if service is None:
+            self._log.warn(
+                "link {peer}: the peer asked for {service}, which no section with 'connect' serves here",
+                peer=self.peer_name,
+                service=event.service,
+            )
+            text = f"no section {event.service!r} with 'connect' for this link"
+            self.handle(self.session.refuse(event.stream_id, ErrorCode.UNKNOWN_SERVICE, text))
+            return
+        stream = StreamTransport(self, event.stream_id, event.service, outgoing=False)
+        self._streams[event.stream_id] = stream
+        service.stream_opened(stream)
+
+    def _tell(self, stream: StreamTransport, event: Event) -> None:
+        if isinstance(event, DataReceived):
+            stream.data_received(event.buffers)
+        elif isinstance(event, StreamFinished):
+            stream.finished()
+        elif isinstance(event, StreamClosed):
+            stream.closed()
+        elif isinstance(event, StreamAccepted):
+            request = self._unanswered.pop(event.stream_id, None)
+            if request is not None:
+                request.succeed(stream)
+        elif isinstance(event, StreamRefused):
+            error = StreamResetError(event.code, event.text)
+            request = self._unanswered.pop(event.stream_id, None)
+            if request is not None:
+                request.fail(error)
+            stream.ended(Failure(error))
+        elif isinstance(event, StreamReset):
+            stream.abort(event.code)
+        elif isinstance(event, SendingStopped):
+            stream.sending_stopped()
