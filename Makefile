@@ -1,0 +1,46 @@
+# make test     everything that is checked before a change goes in; prepares what is missing
+# make demo     a real live migration through the relay, on this machine
+# make lint     ruff and mypy alone
+# make bench    what a byte costs, beside Twisted as usually written
+# make venv     the virtualenv alone
+# make clean    removes what these made, the virtualenv too
+#
+# PYTHON=... chooses another interpreter (3.10 or newer) for the virtualenv,
+# VENV=... another place for it, TESTS=... some tests instead of all.
+
+VENV ?= .venv
+TESTS ?= tests
+BIN = $(VENV)/bin
+
+# trial runs the modules that take a moment, so that its own reactor and its way of
+# finding tests are known to work too; pytest runs everything.
+SLOW = tests/test_packaging.py $(wildcard tests/test_qemu*.py tests/test_properties*.py tests/test_demo*.py)
+QUICK = $(subst /,.,$(basename $(filter-out $(SLOW),$(sort $(wildcard tests/test_*.py)))))
+
+.PHONY: test demo lint bench venv qemu clean
+
+test: lint qemu
+	$(BIN)/python -m twisted.trial --temp-directory=_trial_temp $(QUICK)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Debian's packages for the tests with a real QEMU.  Without them these skip and say so.
+qemu: venv
+	$(BIN)/python -m relaymux.testing.qemu.install
+
+demo:
+	scripts/bootstrap demo $(VENV)
+	$(BIN)/python -m relaymux.demo
+
+bench: venv
+	$(BIN)/python -m benchmarks
+
+venv:
+	scripts/bootstrap dev $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _trial_temp* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} + -o -name dropin.cache -exec rm -f {} +

@@ -1,0 +1,7 @@
+"""C{python -m relaymux} is the C{relaymux} command."""
+
+import sys
+
+from relaymux.cli import main
+
+sys.exit(main())
