@@ -178,7 +178,7 @@ class LocalListener(Factory):
         """What went through so far."""
         return self._connections.totals
 
-    def buildProtocol(self, addr: IAddress | None) -> LocalEnd | None:  # type: ignore[override]
+    def buildProtocol(self, addr: IAddress | None) -> LocalEnd | None:
         """See C{IProtocolFactory.buildProtocol}."""
         if self._connections.full:
             self._connections.refused("a connection")

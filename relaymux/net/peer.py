@@ -59,7 +59,7 @@ class LinkListener(Contract):
     def link_up(self, link: LinkProtocol) -> None:
         """The handshake is done."""
 
-    def link_down(self, link: LinkProtocol, code: int, text: str) -> None:
+    def link_down(self, link: LinkProtocol, code: int, text: str, *, was_up: bool) -> None:
         """The link is over, or never came up; once for each link."""
 
 
@@ -203,7 +203,9 @@ class Peer:
 
     def _link_over(self, link: LinkProtocol, code: int, text: str) -> None:
         streams = self._streams
-        if link is self._link and streams is not None:
+        was_up = link is self._link and streams is not None
+        if was_up:
+            assert streams is not None
             open_streams = len(streams)
             lost = sum(count for _, count in streams.session.undelivered())
             log = self._log.warn if open_streams else self._log.info
@@ -220,7 +222,7 @@ class Peer:
             self.undelivered += lost + streams.undelivered
             streams.fail_all(SessionLost(f"link {self.name}: {text}", code))
         if self.listener is not None:
-            self.listener.link_down(link, code, text)
+            self.listener.link_down(link, code, text, was_up=was_up)
 
     # Streams
 

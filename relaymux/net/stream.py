@@ -19,7 +19,6 @@ from twisted.internet.interfaces import (
     IAddress,
     IConsumer,
     IHalfCloseableProtocol,
-    IProducer,
     IProtocol,
     IPushProducer,
     ITransport,
@@ -153,7 +152,7 @@ class StreamTransport:
         self._streams.flush()
         self._hold_producer()
 
-    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
         """See C{IConsumer.registerProducer}."""
         if self._producer is not None:
             raise LocalError(f"stream {self.stream_id} has a producer already")

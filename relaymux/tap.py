@@ -1,0 +1,69 @@
+"""
+C{twistd relaymux}: the command line and the service that twistd runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+from typing import Any
+
+from twisted.application.service import IService
+from twisted.python import usage
+
+from relaymux.errors import RelaymuxError
+from relaymux.service.config import load_configuration
+from relaymux.service.daemon import RelayService
+
+__all__ = ["Options", "makeService"]
+
+
+class Options(usage.Options):
+    """What may follow C{twistd relaymux}."""
+
+    longdesc = "Carry the streams of live migrations to another host through one connection."
+    optParameters = [
+        ["config", "c", None, "The configuration file (see docs/configuration.md); required."],
+    ]
+
+    def postOptions(self) -> None:
+        """@raise usage.UsageError: no file was named."""
+        if self["config"] is None:
+            raise usage.UsageError("--config FILE is required; etc/relay.ini is an example")
+
+
+class _StartingService(RelayService):
+    """Ends the process with one sentence, not with a stack, if it cannot start."""
+
+    def startService(self) -> None:
+        try:
+            super().startService()
+        except RelaymuxError as error:
+            self._log.critical("cannot start: {error}", error=error)
+            raise SystemExit(f"relaymux: {error}") from None
+
+
+def makeService(options: Options) -> IService:
+    """@return: the daemon, not started.  Ends the process if the configuration is wrong."""
+    from twisted.internet import reactor
+
+    clock: Any = reactor
+    # Twisted's timers follow the wall clock, and a clock that is set must not
+    # kill a link.  Before the first timer, hence here.
+    clock.seconds = time.monotonic
+    try:
+        service = _StartingService(reactor, load_configuration(options["config"]))
+    except RelaymuxError as error:
+        raise SystemExit(f"relaymux: {error}") from None
+    atexit.register(_exit_with, service)
+    return service
+
+
+def _exit_with(service: RelayService) -> None:
+    """twistd returns 0 from whatever stopped the reactor; say what the service has to say."""
+    if service.exit_status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(service.exit_status)
