@@ -29,10 +29,12 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from socket import (
     AF_UNIX,
     IPPROTO_TCP,
+    SHUT_RD,
     SHUT_WR,
     SO_KEEPALIVE,
     SO_LINGER,
@@ -362,6 +364,22 @@ class SocketTransport(FileDescriptor):
         if self._output_open and not self._output_ending:
             self._output_ending = True
             self.startWriting()
+
+    def loseReadConnection(self) -> None:
+        """
+        Take nothing more from the peer; the output stays as it is.
+
+        What it had sent and we had not read is dropped.  A UNIX peer's next
+        write fails with EPIPE; TCP has no way to tell.
+        """
+        if not self._input_open:
+            return
+        self._input_open = False
+        self.stopReading()
+        with suppress(OSError):  # the peer was faster: reset, there is no input left to shut
+            self.socket.shutdown(SHUT_RD)
+        if self._ending is not None:
+            self._later(0, self._close, self._ending)
 
     def loseConnection(self) -> None:
         """
