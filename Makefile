@@ -24,12 +24,12 @@ test: lint qemu
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: venv
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 # Debian's packages for the tests with a real QEMU.  Without them these skip and say so.
 qemu: venv
-	$(BIN)/python -m relaymux.testing.qemu.install
+	-$(BIN)/python -m relaymux.testing.qemu.install
 
 demo:
 	scripts/bootstrap demo $(VENV)
