@@ -1,1 +1,4 @@
-"""Real QEMU under test: finding, installing and driving it."""
+"""
+A real QEMU live migration to test relays with: finding QEMU, a guest that
+checks itself, machines, the migration, and a pair of relay daemons.
+"""

@@ -1,0 +1,355 @@
+"""
+A live migration with some of a guest's disks, step by step over QMP.
+
+Every connection goes to a UNIX socket that the caller names: one for the
+memory, one for each disk.  Whoever listens there carries the bytes to the
+destination's two sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from relaymux.testing.qemu.machine import CommandFailed, Event, Machine, MachineEnded
+
+__all__ = ["DiskRoute", "Migration", "MigrationFailed", "MigrationPlan", "Mode", "Progress", "Transfer"]
+
+#: Seconds between two looks at the progress.
+_LOOK_SECONDS = 0.1
+
+#: The share of the memory that is sent before postcopy begins: enough to see
+#: both ways work, and most of it left to be fetched by page faults.
+_PRECOPY_SHARE = 0.25
+
+
+class Mode(str, Enum):
+    """How the memory travels."""
+
+    PLAIN = "plain"
+    MULTIFD = "multifd"
+    POSTCOPY = "postcopy"
+
+
+@dataclass(frozen=True)
+class DiskRoute:
+    """
+    @ivar name: the disk's block node on both machines, and its NBD export.
+    @ivar socket: where the source dials for this disk.
+    """
+
+    name: str
+    socket: Path
+
+
+@dataclass(frozen=True)
+class MigrationPlan:
+    """
+    @ivar disks: those to copy; others are left alone.
+    @ivar ram_socket: where the source dials for the memory.
+    @ivar incoming_socket: where the destination listens for it.
+    @ivar nbd_socket: where the destination listens for all disks.
+    @ivar channels: how many further connections multifd makes.
+    @ivar bandwidth: bytes per second for memory before postcopy.
+    @ivar downtime: milliseconds the guest may be stopped for the last memory.
+    @ivar reconnect_delay: seconds QEMU retries a lost NBD connection before
+        the copy of the disk fails.
+    @ivar phase_seconds: how long one phase may last.
+    """
+
+    disks: tuple[DiskRoute, ...]
+    ram_socket: Path
+    incoming_socket: Path
+    nbd_socket: Path
+    mode: Mode = Mode.PLAIN
+    channels: int = 4
+    bandwidth: int = 1 << 30
+    downtime: int = 300
+    reconnect_delay: int = 30
+    phase_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How far something is, in bytes; C{done} can fall when the guest writes."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """
+    @ivar phase: what is being done, in a word or two.
+    @ivar memory: None before it starts.
+    @ivar disks: by name, of those that have started.
+    """
+
+    phase: str
+    memory: Transfer | None
+    disks: Mapping[str, Transfer]
+
+
+class MigrationFailed(Exception):
+    """
+    @ivar phase: where it failed.
+    @ivar source_runs: whether the guest runs on the source as before; if not,
+        it is or may be on the destination, and nothing was undone.
+    """
+
+    def __init__(self, phase: str, reason: str, source_runs: bool) -> None:
+        where = "the guest runs on the source" if source_runs else "the guest may be on the destination"
+        super().__init__(f"while {phase}: {reason} ({where})")
+        self.phase = phase
+        self.source_runs = source_runs
+
+
+@dataclass
+class Migration:
+    """
+    One migration; L{run} it once.
+
+    @ivar at_switchover: awaited while the guest is stopped and its disks are
+        complete on the destination, which has not run it yet.
+    @ivar report: given the progress several times a second.
+    @ivar statistics: the source's C{query-migrate} at the end.
+    """
+
+    source: Machine
+    destination: Machine
+    plan: MigrationPlan
+    report: Callable[[Progress], None] = lambda progress: None
+    at_switchover: Callable[[], Awaitable[None]] | None = None
+    phase: str = "preparing"
+    statistics: dict[str, Any] = field(default_factory=dict)
+    _memory: Transfer | None = None
+    _disks: dict[str, Transfer] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """
+        Migrate; at the end the guest runs on the destination alone.
+
+        @raise MigrationFailed: it does not; what could be undone is undone.
+        """
+        self.source.forget_events()
+        self.destination.forget_events()
+        watcher = asyncio.ensure_future(self._watch())
+        try:
+            await self._prepare()
+            await self._copy_disks()
+            await self._send_memory()
+            await self._switch_over()
+            await self._hand_over()
+        except (Exception, asyncio.CancelledError) as error:
+            source_runs = await self._roll_back()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise MigrationFailed(self.phase, str(error), source_runs) from error
+        finally:
+            watcher.cancel()
+            # What stopped it, a machine that ended, has stopped the steps too.
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    # The steps, in their order.
+
+    async def _prepare(self) -> None:
+        """Tell both sides how; let the destination listen."""
+        plan, destination = self.plan, self.destination
+        for machine in (self.source, self.destination):
+            # Without return-path the source believes that it is done when
+            # the last byte has left it, wherever that byte is.
+            names = ["events", "return-path"]
+            if machine is self.source:
+                names.append("pause-before-switchover")
+            if plan.mode is Mode.MULTIFD:
+                names.append("multifd")
+            if plan.mode is Mode.POSTCOPY:
+                names += ["postcopy-ram", "postcopy-preempt"]
+            capabilities = [{"capability": name, "state": True} for name in names]
+            await machine.execute("migrate-set-capabilities", {"capabilities": capabilities})
+            if plan.mode is Mode.MULTIFD:
+                await machine.execute("migrate-set-parameters", {"multifd-channels": plan.channels})
+        await self.source.execute(
+            "migrate-set-parameters", {"max-bandwidth": plan.bandwidth, "downtime-limit": plan.downtime}
+        )
+        if plan.disks:
+            address = {"type": "unix", "data": {"path": str(plan.nbd_socket)}}
+            await destination.execute("nbd-server-start", {"addr": address})
+        for disk in plan.disks:
+            await destination.execute(
+                "block-export-add",
+                {
+                    "type": "nbd",
+                    "id": f"export-{disk.name}",
+                    "node-name": disk.name,
+                    "name": disk.name,
+                    "writable": True,
+                },
+            )
+        await destination.execute("migrate-incoming", {"uri": f"unix:{plan.incoming_socket}"})
+
+    async def _copy_disks(self) -> None:
+        """Mirror each disk through its own socket, until source and destination agree."""
+        self.phase = "copying disks"
+        for disk in self.plan.disks:
+            await self.source.execute(
+                "blockdev-add",
+                {
+                    "driver": "nbd",
+                    "node-name": f"target-{disk.name}",
+                    "server": {"type": "unix", "path": str(disk.socket)},
+                    "export": disk.name,
+                    "reconnect-delay": self.plan.reconnect_delay,
+                },
+            )
+            await self.source.execute(
+                "blockdev-mirror",
+                {
+                    "job-id": f"mirror-{disk.name}",
+                    "device": disk.name,
+                    "target": f"target-{disk.name}",
+                    "sync": "full",
+                },
+            )
+        for disk in self.plan.disks:
+            await self._job_event("BLOCK_JOB_READY", f"mirror-{disk.name}")
+        await self._look()
+
+    async def _send_memory(self) -> None:
+        """Send memory while the guest runs, until it can be stopped for the rest."""
+        self.phase = "sending memory"
+        await self.source.execute("migrate", {"uri": f"unix:{self.plan.ram_socket}"})
+        if self.plan.mode is Mode.POSTCOPY:
+            while not self._memory or self._memory.done < self._memory.total * _PRECOPY_SHARE:
+                for event in self.source.events:
+                    self._check_event(event, self.source)
+                await asyncio.sleep(_LOOK_SECONDS / 2)
+                await self._look()
+            await self.source.execute("migrate-start-postcopy")
+        await self._status(self.source, "pre-switchover")
+
+    async def _switch_over(self) -> None:
+        """The guest is stopped: finish the disks, then let the machine's state go."""
+        self.phase = "switching over"
+        for disk in self.plan.disks:
+            # Cancelling a mirror that is ready finishes it and keeps the source's own disk.
+            await self.source.execute("block-job-cancel", {"device": f"mirror-{disk.name}"})
+        for disk in self.plan.disks:
+            await self._job_event("BLOCK_JOB_COMPLETED", f"mirror-{disk.name}")
+            await self.source.execute("blockdev-del", {"node-name": f"target-{disk.name}"})
+            size = self._disks[disk.name].total
+            self._disks[disk.name] = Transfer(size, size)
+        if self.at_switchover is not None:
+            await self.at_switchover()
+        await self.source.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _hand_over(self) -> None:
+        """Run the guest on the destination."""
+        if self.plan.mode is Mode.POSTCOPY:
+            self.phase = "fetching memory"
+            await self._status(self.source, "postcopy-active")
+            await self._status(self.destination, "postcopy-active")
+            await self._resume_destination()
+        await self._status(self.source, "completed")
+        await self._status(self.destination, "completed")
+        if self.plan.mode is not Mode.POSTCOPY:
+            await self._resume_destination()
+        self.statistics = await self.source.execute("query-migrate")
+        self.phase = "done"
+        await self._look()
+
+    async def _resume_destination(self) -> None:
+        if self.plan.disks:
+            await self.destination.execute("nbd-server-stop")
+        await self.destination.execute("cont")
+
+    async def _roll_back(self) -> bool:
+        """@return: whether the guest runs on the source."""
+        try:
+            status = (await self.source.execute("query-migrate")).get("status")
+            if status in ("completed", "postcopy-active", "postcopy-paused", "postcopy-recover"):
+                return False
+            if status not in (None, "none", "cancelled", "failed"):
+                await self.source.execute("migrate_cancel")
+                await self._ended()
+            for job in await self.source.execute("query-block-jobs"):
+                await self.source.execute("block-job-cancel", {"device": job["device"], "force": True})
+            await self._jobs_gone()
+            nodes = await self.source.execute("query-named-block-nodes", {"flat": True})
+            names = {node["node-name"] for node in nodes}
+            for disk in self.plan.disks:
+                if f"target-{disk.name}" in names:
+                    await self.source.execute("blockdev-del", {"node-name": f"target-{disk.name}"})
+            if not (await self.source.execute("query-status"))["running"]:
+                await self.source.execute("cont")
+            return True
+        except (CommandFailed, MachineEnded):
+            return False
+
+    # Waiting.
+
+    async def _status(self, machine: Machine, wanted: str) -> None:
+        """Wait until C{machine}'s migration is as C{wanted}."""
+
+        def reached(event: Event) -> bool:
+            self._check_event(event, machine)
+            return event.name == "MIGRATION" and event.data["status"] == wanted
+
+        try:
+            await machine.wait_event(reached, f"migration status {wanted!r}", self.plan.phase_seconds)
+        except _StatusFailed as failure:
+            reason = (await machine.execute("query-migrate")).get("error-desc", "no reason given")
+            raise CommandFailed(f"{machine.name}: the migration {failure}: {reason}") from None
+
+    def _check_event(self, event: Event, machine: Machine) -> None:
+        if event.name == "MIGRATION" and event.data["status"] in ("failed", "cancelled", "postcopy-paused"):
+            raise _StatusFailed(event.data["status"])
+        if machine is self.source and event.name in ("BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED"):
+            reason = event.data.get("error")
+            if reason or event.name == "BLOCK_JOB_ERROR":
+                raise CommandFailed(f"copying a disk, {event.data['device']}: {reason or 'an error'}")
+
+    async def _job_event(self, name: str, job: str) -> None:
+        def arrived(event: Event) -> bool:
+            self._check_event(event, self.source)
+            return event.name == name and event.data["device"] == job
+
+        await self.source.wait_event(arrived, f"{name} of {job}", self.plan.phase_seconds)
+
+    async def _ended(self) -> None:
+        for _ in range(int(self.plan.phase_seconds / _LOOK_SECONDS)):
+            if (await self.source.execute("query-migrate"))["status"] in ("cancelled", "failed", "completed"):
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+        raise CommandFailed(f"{self.source.name}: the migration does not end")
+
+    async def _jobs_gone(self) -> None:
+        for _ in range(int(self.plan.phase_seconds / _LOOK_SECONDS)):
+            if not await self.source.execute("query-block-jobs"):
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+        raise CommandFailed(f"{self.source.name}: the copying of disks does not end")
+
+    # Progress.
+
+    async def _watch(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _look(self) -> None:
+        memory = (await self.source.execute("query-migrate")).get("ram")
+        if memory and memory["total"]:
+            self._memory = Transfer(memory["total"] - memory["remaining"], memory["total"])
+        for job in await self.source.execute("query-block-jobs"):
+            name = job["device"].removeprefix("mirror-")
+            self._disks[name] = Transfer(job["offset"], job["len"])
+        self.report(Progress(self.phase, self._memory, dict(self._disks)))
+
+
+class _StatusFailed(Exception):
+    """The migration took a turn that ends it."""
