@@ -72,6 +72,11 @@ class BufferPool:
         self._filled = 0
         self._use(self._new())
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the buffers that the pool knows of, lent or not."""
+        return (1 + len(self._lent) + len(self._returned)) * self.size
+
     def room(self, minimum: int = 1) -> memoryview:
         """
         Free space to write into, valid until the next call of this pool.

@@ -144,7 +144,6 @@ class SocketTransport(FileDescriptor):
         self._output_ending = False
         self._output_reset = False
         self._paused = False
-        self._aborted = False
         self._ending: Exception | None = None
         self._timers: list[IDelayedCall] = []
         self._receiver = protocol if IBufferReceiver.providedBy(protocol) else None
@@ -406,9 +405,9 @@ class SocketTransport(FileDescriptor):
         A TCP peer sees a reset; a UNIX peer does if it had sent something we
         had not read, and else an end of input.
         """
-        if not self.connected or self._aborted:
+        if not self.connected:
             return
-        self._aborted = True
+        self.connected = 0
         self._input_open = self._output_open = False
         self._drop_queue()
         self.stopReading()
@@ -474,7 +473,7 @@ class SocketTransport(FileDescriptor):
 
     def _close(self, error: BaseException) -> None:
         """The one place where the connection ends."""
-        if not self.connected:
+        if self.disconnected:
             return
         for timer in self._timers:
             if timer.active():
