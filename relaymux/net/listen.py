@@ -77,6 +77,7 @@ class SocketListener(FileDescriptor):
         prepare: Prepare | None = None,
         flush_seconds: float | None = None,
         address: IAddress | None = None,
+        closed: Callable[[], object] = lambda: None,
     ) -> None:
         """
         @param sock: bound and listening; owned by the listener from now on.
@@ -86,6 +87,8 @@ class SocketListener(FileDescriptor):
         @param flush_seconds: see L{SocketTransport}.
         @param address: what C{getHost} says, where the socket itself says
             something else: one that was renamed after C{bind}.
+        @param closed: called when listening has stopped, to remove what was
+            made for it.
         """
         super().__init__(reactor)
         self._clock = reactor
@@ -95,6 +98,7 @@ class SocketListener(FileDescriptor):
         self._pool = pool
         self._prepare = prepare
         self._flush_seconds = flush_seconds
+        self._closed = closed
         self._address = address or address_of(sock, sock.getsockname())
         self._pause: IDelayedCall | None = None
         self._short = False
@@ -113,8 +117,7 @@ class SocketListener(FileDescriptor):
     def stopListening(self) -> Deferred[None]:
         """
         Accept nothing more.  Connections in the backlog are closed by the
-        kernel; accepted ones live on.  The file of a UNIX socket stays: who
-        made it removes it.
+        kernel; accepted ones live on.
         """
         self._close()
         return succeed(None)
@@ -131,6 +134,7 @@ class SocketListener(FileDescriptor):
             self._pause.cancel()
         self._socket.close()
         self._factory.doStop()
+        self._closed()
 
     def doRead(self) -> None:
         for _ in range(ACCEPT_TURN):
@@ -159,6 +163,7 @@ class SocketListener(FileDescriptor):
             if protocol is None:
                 sock.close()
                 return
+            transport = transport_for(self._clock, sock, protocol, self._pool, peer, self._flush_seconds)
         except Exception:
             self._log.failure(
                 "closing the connection from {peer} accepted on {address}",
@@ -166,8 +171,8 @@ class SocketListener(FileDescriptor):
                 address=describe(self._address),
             )
             sock.close()
-            return
-        transport_for(self._clock, sock, protocol, self._pool, peer, self._flush_seconds).begin()
+        else:
+            transport.begin()
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         if not self._short:
@@ -191,9 +196,10 @@ def listen_on(
     prepare: Prepare | None = None,
     flush_seconds: float | None = None,
     address: IAddress | None = None,
+    closed: Callable[[], object] = lambda: None,
 ) -> SocketListener:
     """Accept connections on C{sock}, which is bound and listening.  Parameters as of L{SocketListener}."""
-    listener = SocketListener(reactor, sock, factory, pool, prepare, flush_seconds, address)
+    listener = SocketListener(reactor, sock, factory, pool, prepare, flush_seconds, address, closed)
     listener.startListening()
     return listener
 

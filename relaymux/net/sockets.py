@@ -64,11 +64,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from relaymux.interfaces import Buffer, IBufferReceiver, IBufferTransport
+from relaymux.interfaces import Buffer, IBufferReceiver, IBufferTransport, IIdentifiedTransport
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
+from relaymux.net.disks import peer_credentials
 
-__all__ = ["LINGER_SECONDS", "SocketTransport", "TCPTransport", "transport_for", "tune_link"]
+__all__ = ["LINGER_SECONDS", "SocketTransport", "TCPTransport", "UNIXTransport", "transport_for", "tune_link"]
 
 #: How long input is still read after our end is closed.  A peer that honours
 #: an end of input answers within a round trip.
@@ -530,6 +531,15 @@ class TCPTransport(SocketTransport):
         self.socket.setsockopt(SOL_SOCKET, SO_KEEPALIVE, enabled)
 
 
+@implementer(IIdentifiedTransport)
+class UNIXTransport(SocketTransport):
+    """A L{SocketTransport} whose peer the kernel knows: C{peerIdentity} is C{"uid:N"}."""
+
+    def __init__(self, reactor: Any, sock: socket, *args: Any, **options: Any) -> None:
+        super().__init__(reactor, sock, *args, **options)
+        self.peerIdentity = f"uid:{peer_credentials(sock).uid}"
+
+
 def transport_for(
     reactor: Any,
     sock: socket,
@@ -539,7 +549,7 @@ def transport_for(
     flush_seconds: float | None = None,
 ) -> SocketTransport:
     """Make the transport for C{sock}, by its family; parameters as of L{SocketTransport}."""
-    kind = SocketTransport if sock.family == AF_UNIX else TCPTransport
+    kind = UNIXTransport if sock.family == AF_UNIX else TCPTransport
     return kind(reactor, sock, protocol, pool, peer, flush_seconds)
 
 
