@@ -104,7 +104,8 @@ def _make_certificates(directory: Path, names: Sequence[str]) -> int:
 def _describe(configuration: Configuration) -> list[str]:
     """@return: lines that say what the daemon would do, one for each section."""
     return [
-        f"daemon {configuration.name}: SIGTERM waits up to {configuration.drain_timeout:g} s for open streams",
+        f"daemon {configuration.name}: "
+        f"SIGTERM waits up to {configuration.drain_timeout:g} s for open streams",
         *map(_describe_link, configuration.links),
         *map(_describe_service, configuration.services),
     ]

@@ -80,9 +80,14 @@ class UsageTests(CommandTestCase):
 
     def test_help(self) -> None:
         """Each command says what it does."""
-        self.assertIn("everything that", self.run_command("--help")[1])
-        self.assertIn("Starts, makes and changes nothing", self.run_command("check", "--help")[1])
-        self.assertIn("Overwrites nothing", self.run_command("make-certificates", "--help")[1])
+        for arguments, said in (
+            ((), "everything that is wrong"),
+            (("check",), "Starts, makes and changes nothing"),
+            (("make-certificates",), "Overwrites nothing"),
+        ):
+            status, output, _ = self.run_command(*arguments, "--help")
+            self.assertEqual(status, 0)
+            self.assertIn(said, " ".join(output.split()))
 
 
 class CheckTests(CommandTestCase):
