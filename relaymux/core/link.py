@@ -161,9 +161,10 @@ class Link:
             if self._pong is not None:
                 out.append(encode(Kind.PONG, 0, self._pong))
                 self._pong = None
-            if session.ack_due:
+            frames = session.data_to_send(limit)
+            if session.ack_due or (frames and session.ack_worthwhile):
                 out.append(self._ack(session))
-            out += session.data_to_send(limit)
+            out += frames
         return out
 
     def next_timer(self) -> float:

@@ -55,6 +55,10 @@ ACK_BYTES = 1024 * 1024
 #: not run full between two acks.
 ACK_SHARE = 8
 
+#: An ack rides along with other frames from this share of the above on: the CREDIT
+#: that a bulk stream causes then carries nearly all of its acks.
+ACK_RIDE_SHARE = 4
+
 LAST_STREAM_ID = 2**32 - 1
 
 
@@ -236,6 +240,11 @@ class Session:
     def ack_due(self) -> bool:
         """Whether an ack should leave at once."""
         return self.rx_next - self.rx_acknowledged >= self._ack_bytes
+
+    @property
+    def ack_worthwhile(self) -> bool:
+        """Whether an ack should ride along with frames that leave anyway, which wakes nobody."""
+        return self.rx_next - self.rx_acknowledged >= self._ack_bytes // ACK_RIDE_SHARE
 
     def take_drained(self) -> list[int]:
         """@return: streams whose queue ran empty since the last call: their producers may go on."""
