@@ -70,7 +70,7 @@ class Dialer:
     that worked last.
     """
 
-    _log = Logger()
+    _log = Logger("relaymux.link")
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Dialer:
 class LinkPort:
     """Listens for a peer's links, on one or more addresses."""
 
-    _log = Logger()
+    _log = Logger("relaymux.link")
 
     def __init__(self, peer: Peer, ways: Sequence[tuple[str, IStreamServerEndpoint]]) -> None:
         """@param ways: addresses, for logs, and how to listen on each."""

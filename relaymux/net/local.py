@@ -82,7 +82,7 @@ class _Connection:
 class _Connections:
     """The connections of one section: numbered, bounded, logged."""
 
-    _log = Logger()
+    _log = Logger("relaymux.socket")
 
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
         self.totals = Totals()
@@ -204,7 +204,7 @@ class LocalListener(Factory):
 class LocalDialer:
     """The service behind a section with C{connect}: dials its socket for each of the peer's streams."""
 
-    _log = Logger()
+    _log = Logger("relaymux.socket")
 
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
         self._reactor = reactor

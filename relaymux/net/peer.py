@@ -71,7 +71,7 @@ class Peer:
         which the other side did not report as delivered.
     """
 
-    _log = Logger()
+    _log = Logger("relaymux.link")
 
     def __init__(
         self, reactor: IReactorTime, name: str, identity: Identity, limits: Limits, *, dialing: bool

@@ -85,7 +85,7 @@ class SessionStreams:
         did not report as taken by its consumer.
     """
 
-    _log = Logger()
+    _log = Logger("relaymux.link")
 
     def __init__(
         self,

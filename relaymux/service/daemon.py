@@ -39,7 +39,7 @@ class RelayService(Service):
     @ivar exit_status: 0, or what the process is to end with.
     """
 
-    _log = Logger()
+    _log = Logger("relaymux")
 
     def __init__(self, reactor: Any, configuration: Configuration) -> None:
         """@raise ConfigurationError: a transport cannot be had, or refuses its settings."""
