@@ -166,12 +166,7 @@ class Machine:
         @raise CommandFailed: with QEMU's own description.
         @raise MachineEnded: QEMU is not there any more.
         """
-        try:
-            return await self._unless_ended(self._qmp.execute(command, arguments), command)
-        except ExecuteError as error:
-            raise CommandFailed(f"{self.name}: {command}: {error}") from error
-        except QMPError as error:
-            raise MachineEnded(f"{self.name}: {command}: {error}; {self._last_words()}") from error
+        return await self._unless_ended(self._qmp.execute(command, arguments), command)
 
     def forget_events(self) -> None:
         """Start L{events} afresh."""
@@ -207,7 +202,7 @@ class Machine:
         return found
 
     async def _unless_ended(self, action: Any, what: str) -> Any:
-        """Await C{action}, but not longer than QEMU lives and L{COMMAND_SECONDS}."""
+        """Await a QMP C{action}, but not longer than QEMU lives and L{COMMAND_SECONDS}."""
         task = asyncio.ensure_future(action)
         try:
             await asyncio.wait(
@@ -218,6 +213,12 @@ class Machine:
             if self._tasks[1].done():
                 raise MachineEnded(f"{self.name}: {what}: {self._last_words()}")
             raise CommandFailed(f"{self.name}: no answer to {what} within {COMMAND_SECONDS:g} s")
+        except ExecuteError as error:
+            raise CommandFailed(f"{self.name}: {what}: {error}") from error
+        except QMPError as error:
+            # The connection breaks a moment before the process can be waited for.
+            await asyncio.wait({self._tasks[1]}, timeout=1)
+            raise MachineEnded(f"{self.name}: {what}: {error}; {self._last_words()}") from error
         finally:
             task.cancel()
 

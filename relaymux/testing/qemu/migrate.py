@@ -129,6 +129,11 @@ class Migration:
     _memory: Transfer | None = None
     _disks: dict[str, Transfer] = field(default_factory=dict)
 
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self.phase, self._memory, dict(sorted(self._disks.items())))
+
     async def run(self) -> None:
         """
         Migrate; at the end the guest runs on the destination alone.
@@ -348,7 +353,7 @@ class Migration:
         for job in await self.source.execute("query-block-jobs"):
             name = job["device"].removeprefix("mirror-")
             self._disks[name] = Transfer(job["offset"], job["len"])
-        self.report(Progress(self.phase, self._memory, dict(self._disks)))
+        self.report(self.progress)
 
 
 class _StatusFailed(Exception):

@@ -13,7 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -39,8 +39,13 @@ _POSTCOPY_BANDWIDTH = 64 << 20
 class Carrier(Protocol):
     """What carries the bytes between the sockets of source and destination."""
 
-    incoming_socket: Path
-    nbd_socket: Path
+    @property
+    def incoming_socket(self) -> Path:
+        """Where the destination is to listen for memory."""
+
+    @property
+    def nbd_socket(self) -> Path:
+        """Where the destination is to listen for disks."""
 
     def ram_socket(self) -> Path:
         """@return: where the source dials for its memory."""
@@ -97,7 +102,7 @@ class Rehearsal:
     mode: Mode = Mode.PLAIN
     disk_bytes: int = 64 << 20
     memory: int = 128
-    pages_per_tick: int = 40
+    pages_per_tick: int = 60
     channels: int = 4
     report: Callable[[Progress], None] = lambda progress: None
     checks: list[Check] = field(default_factory=list)
@@ -123,9 +128,11 @@ class Rehearsal:
         )
         async with destination:
             async with source:
+                self.report(Progress("booting the guest", None, {}))
                 await source.console.wait_tick(guest.lap_ticks // 4, 60)
                 migration = Migration(source, destination, self._plan(), self.report, self._compare_disks)
                 await migration.run()
+            self.report(replace(migration.progress, phase="letting the guest verify itself"))
             # Until every page and every block was verified where it is now.
             start = source.console.last
             await destination.console.wait_tick(start + guest.lap_ticks + 2, 120)
@@ -137,7 +144,7 @@ class Rehearsal:
         return self.checks
 
     def _plan(self) -> MigrationPlan:
-        plan = MigrationPlan(
+        return MigrationPlan(
             disks=tuple(DiskRoute(name, self.carrier.disk_socket(name)) for name in SELECTED_DISKS),
             ram_socket=self.carrier.ram_socket(),
             incoming_socket=self.carrier.incoming_socket,
@@ -146,7 +153,6 @@ class Rehearsal:
             channels=self.channels,
             bandwidth=_POSTCOPY_BANDWIDTH if self.mode is Mode.POSTCOPY else 1 << 30,
         )
-        return plan
 
     def _image(self, side: str, name: str) -> Path:
         return self.directory / f"{side}-{name}.img"

@@ -19,6 +19,7 @@ __all__ = [
     "SAFE_VERSION",
     "QemuTools",
     "QemuUnavailable",
+    "boot_id",
     "cache_directory",
     "load",
     "locate",
@@ -152,7 +153,7 @@ def probe(programs: dict[str, str], tree: Path | None = None) -> QemuTools:
         accel="tcg",
         firmware=tuple(firmware),
         libraries=tuple(libraries),
-        boot=_boot_id(),
+        boot=boot_id(),
     )
     for program in (tools.img, tools.nbd, tools.nbdcopy):
         version_of(program, tools.environment())
@@ -224,7 +225,7 @@ def load(cache: Path) -> QemuTools | None:
         lists = {name: tuple(fields[name]) for name in ("version", "firmware", "libraries")}
         tools = QemuTools(**(fields | lists))
         wanted = os.environ.get("RELAYMUX_QEMU_ACCEL") or tools.accel
-        if tools.boot != _boot_id() or tools.accel != wanted:
+        if tools.boot != boot_id() or tools.accel != wanted:
             return None
         for program in (tools.img, tools.nbd, tools.nbdcopy):
             version_of(program, tools.environment())
@@ -259,7 +260,8 @@ def version_of(program: str, environment: dict[str, str] | None = None) -> tuple
     return tuple(map(int, match[1].split(".")))
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """@return: what is different after every start of this machine; empty where there is no such thing."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

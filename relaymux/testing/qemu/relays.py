@@ -1,0 +1,296 @@
+"""
+Two relay daemons on this machine, one for each end of a migration.
+
+They are what an operator runs: C{twistd relaymux} with a configuration file
+each, and one link between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from relaymux.certificates import make_certificates
+from relaymux.testing.qemu.migrate import Mode
+from relaymux.testing.qemu.observe import cpu_seconds, peak_memory, tcp_connections, unix_connections
+from relaymux.testing.qemu.rehearsal import Check
+
+__all__ = ["TRANSPORTS", "RelayFailed", "RelayPair"]
+
+TRANSPORTS = ("tls", "tcp", "unix")
+
+#: Seconds for both daemons to start and to have a link.
+_START_SECONDS = 30.0
+
+#: Seconds between two looks at the daemons' connections.
+_LOOK_SECONDS = 0.05
+
+#: Seconds for a daemon to deliver what it has and end.
+_DRAIN_SECONDS = 10.0
+
+_LINK_UP = re.compile(r"link \S+: up\b")
+
+_OPENED = re.compile(r"(?:disk|stream) (\S+?)\]?: connection \d+ open\b")
+
+
+class RelayFailed(Exception):
+    """A daemon did not start, or ended; the message has the end of its log."""
+
+
+@dataclass
+class _Daemon:
+    name: str
+    directory: Path
+    process: asyncio.subprocess.Process | None = None
+
+    @property
+    def configuration(self) -> Path:
+        return self.directory / f"{self.name}.ini"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / f"{self.name}.log"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None, "not started"
+        return self.process.pid
+
+    async def start(self) -> None:
+        with (self.directory / f"{self.name}.err").open("wb") as errors:
+            self.process = await asyncio.create_subprocess_exec(
+                _twistd(),
+                *("--nodaemon", "--pidfile=", f"--logfile={self.log}"),
+                *("relaymux", "--config", str(self.configuration)),
+                cwd=self.directory,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    def said(self) -> str:
+        """The log, and what went to standard error."""
+        paths = (self.log, self.directory / f"{self.name}.err")
+        return "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths if path.exists())
+
+
+@dataclass
+class RelayPair:
+    """
+    The two daemons, as an asynchronous context manager; a carrier for a rehearsal.
+
+    @ivar directory: private, with a short path; configuration, keys, logs and
+        sockets are made in it.
+    @ivar transport: one of L{TRANSPORTS}.
+    @ivar disks: the disks that have a socket of their own.
+    @ivar link_options: further lines for both C{[link]} sections.
+    @ivar statuses: the daemons' exit statuses, once closed.
+    @ivar cpu: processor seconds of both daemons together, once closed.
+    @ivar peak: the most resident bytes of either daemon, once closed.
+    @ivar looks: how often the kernel was asked for the daemons' connections.
+    @ivar connections: those it named, from the dialing side to the listening one.
+    """
+
+    directory: Path
+    transport: str = "tls"
+    disks: Sequence[str] = ()
+    link_options: Sequence[str] = ()
+    statuses: list[int] = field(default_factory=list)
+    cpu: float = 0.0
+    peak: int = 0
+    looks: int = 0
+    connections: set[str] = field(default_factory=set)
+    _watcher: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.source = _Daemon("hv-a", self.directory)
+        self.destination = _Daemon("hv-b", self.directory)
+
+    async def __aenter__(self) -> RelayPair:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def incoming_socket(self) -> Path:
+        """Where the destination's QEMU listens for memory."""
+        return self.directory / "b-ram.sock"
+
+    @property
+    def nbd_socket(self) -> Path:
+        """Where the destination's QEMU listens for disks."""
+        return self.directory / "b-nbd.sock"
+
+    def ram_socket(self) -> Path:
+        """Where the source's relay listens for memory."""
+        return self.directory / "a-ram.sock"
+
+    def disk_socket(self, name: str) -> Path:
+        """Where the source's relay listens for one disk."""
+        return self.directory / f"a-{name}.sock"
+
+    async def start(self) -> None:
+        """
+        Start both daemons and wait for their sockets and their link.
+
+        @raise RelayFailed: it did not come to that.
+        """
+        await asyncio.to_thread(self._configure)
+        try:
+            for daemon in (self.destination, self.source):
+                await daemon.start()
+            await asyncio.wait_for(self._until_ready(), _START_SECONDS)
+        except asyncio.TimeoutError:
+            await self.close()
+            raise RelayFailed(f"no link within {_START_SECONDS:.0f} s\n{self.logs()}") from None
+        except BaseException:
+            await self.close()
+            raise
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    async def close(self) -> None:
+        """Let both daemons drain and end; a second call does nothing."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
+        for daemon in (self.source, self.destination):
+            process, daemon.process = daemon.process, None
+            if process is None:
+                continue
+            if process.returncode is None:
+                self.cpu += cpu_seconds(process.pid)
+                self.peak = max(self.peak, peak_memory(process.pid))
+                process.terminate()
+                try:
+                    await asyncio.wait_for(process.wait(), _DRAIN_SECONDS)
+                except asyncio.TimeoutError:
+                    process.kill()
+                    await process.wait()
+            assert process.returncode is not None
+            self.statuses.append(process.returncode)
+
+    def links_up(self) -> list[int]:
+        """@return: for each daemon, how many links its log says came up."""
+        return [len(_LINK_UP.findall(daemon.said())) for daemon in (self.source, self.destination)]
+
+    def opened(self) -> dict[str, int]:
+        """@return: by the names of the sections, how many connections the source's log says were opened."""
+        names = _OPENED.findall(self.source.said())
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    def logs(self, lines: int = 15) -> str:
+        """@return: the end of what each daemon said."""
+        parts = []
+        for daemon in (self.source, self.destination):
+            parts += [f"{daemon.name}:", *daemon.said().splitlines()[-lines:]]
+        return "\n".join(parts)
+
+    def checks(self, mode: Mode, channels: int) -> list[Check]:
+        """
+        What the relay has to show for itself, once closed.
+
+        @param channels: how many multifd was to use.
+        """
+        links = self.links_up()
+        once = Check(
+            "one connection joined the two daemons",
+            len(self.connections) == 1 and links == [1, 1],
+            f"the kernel named {len(self.connections)} in {self.looks} looks "
+            f"({', '.join(sorted(self.connections))}); the logs have {links[0]} and {links[1]} links",
+        )
+        ram = {Mode.PLAIN: 1, Mode.MULTIFD: channels + 1, Mode.POSTCOPY: 2}[mode]
+        opened = self.opened()
+        streams = Check(
+            "each had streams of its own in it",
+            opened == {"ram": ram} | dict.fromkeys(self.disks, 1),
+            ", ".join(f"{name} {count}" for name, count in sorted(opened.items())),
+        )
+        ended = Check(
+            "the daemons delivered all they had taken",
+            self.statuses == [0, 0],
+            f"they ended with status {' and '.join(map(str, self.statuses))}",
+        )
+        return [once, streams, ended]
+
+    async def _until_ready(self) -> None:
+        sockets = [self.ram_socket(), *map(self.disk_socket, self.disks)]
+        while not (all(path.is_socket() for path in sockets) and min(self.links_up()) > 0):
+            for daemon in (self.source, self.destination):
+                if daemon.process is not None and daemon.process.returncode is not None:
+                    raise RelayFailed(
+                        f"{daemon.name} ended with status {daemon.process.returncode}\n{self.logs()}"
+                    )
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _watch(self) -> None:
+        """Ask the kernel for the daemons' connections, again and again."""
+        while True:
+            try:
+                self._look()
+            except FileNotFoundError:
+                return  # a daemon has ended; whoever uses it notices
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _look(self) -> None:
+        tcp = tcp_connections(self.source.pid)
+        # The listening side holds the other ends of the same.
+        tcp |= {(remote, local) for local, remote in tcp_connections(self.destination.pid)}
+        self.connections |= {f"{local} to {remote}" for local, remote in tcp}
+        # Its services' sockets are QEMU's, so what this side accepts is the link.
+        accepted = unix_connections(self.destination.pid)
+        self.connections |= {f"UNIX socket with inode {inode}" for inode in accepted}
+        self.looks += 1
+
+    def _configure(self) -> None:
+        pki = self.directory / "pki"
+        if self.transport == "tls":
+            make_certificates(pki, ["hv-a.example", "hv-b.example"])
+        link_socket = self.directory / "link.sock"
+        address = str(link_socket) if self.transport == "unix" else f"127.0.0.1:{_free_port()}"
+        ends = (self.source, "hv-b", "connect"), (self.destination, "hv-a", "listen")
+        for daemon, other, role in ends:
+            this = daemon.name
+            lines = ["[relay]", f"name = {this}", "drain-timeout = 5"]
+            lines += [f"[link {other}]", f"transport = {self.transport}", f"{role} = {address}"]
+            if self.transport == "tls":
+                lines += [
+                    f"certificate = {pki}/{this}.example.pem",
+                    f"private-key = {pki}/{this}.example.key",
+                ]
+                lines += [f"ca = {pki}/ca.pem", f"peer = {other}.example"]
+            lines += self.link_options
+            sockets = {"stream ram": (self.ram_socket(), self.incoming_socket)}
+            for disk in self.disks:
+                sockets[f"disk {disk}"] = (self.disk_socket(disk), self.nbd_socket)
+            for section, (near, far) in sockets.items():
+                place = f"listen = {near}" if role == "connect" else f"connect = {far}"
+                lines += [f"[{section}]", f"link = {other}", place]
+            daemon.configuration.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _twistd() -> str:
+    """@return: the twistd of this Python, which finds relaymux."""
+    beside = Path(sys.executable).with_name("twistd")
+    found = str(beside) if beside.exists() else shutil.which("twistd")
+    if found is None:
+        raise RelayFailed(f"there is no twistd beside {sys.executable}")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
