@@ -1,0 +1,1 @@
+"""What relaymux costs, beside what one would use instead.  See docs/performance.md."""
