@@ -155,7 +155,6 @@ class ToolsTests(DirectoryTestCase):
         self.programs = self.directory / "bin"
         self.programs.mkdir()
         self.patch(os, "environ", dict(os.environ, PATH=str(self.programs)))
-        os.environ.pop("RELAYMUX_QEMU_ACCEL", None)
 
     def program(self, name: str, version: str = "10.0.2") -> str:
         """Make a program that says its version."""
@@ -206,9 +205,6 @@ class ToolsTests(DirectoryTestCase):
         self.assertIsNone(load(self.directory))
         tools = self.tools()
         save(tools, self.directory)
-        os.environ["RELAYMUX_QEMU_ACCEL"] = "kvm"
-        self.assertIsNone(load(self.directory))
-        del os.environ["RELAYMUX_QEMU_ACCEL"]
         self.patch(tools_module, "boot_id", lambda: "another")
         self.assertIsNone(load(self.directory))
         self.patch(tools_module, "boot_id", lambda: tools.boot)
@@ -243,6 +239,15 @@ class ToolsTests(DirectoryTestCase):
         self.assertIn("please install qemu-system-x86", str(error))
         self.assertEqual(said, ["QEMU is not complete here; getting qemu-system-x86, qemu-utils, libnbd-bin"])
 
+    def test_broken(self) -> None:
+        """A QEMU of the system that does not run is reported and replaced."""
+        self.tools()
+        Path(self.program("qemu-img")).write_text("#!/bin/sh\necho no libfoo >&2; exit 127\n")
+        self.patch(packages, "available", lambda: False)
+        said: list[str] = []
+        self.assertRaises(QemuUnavailable, install.ensure_tools, self.directory, said.append)
+        self.assertIn("qemu-img does not run: no libfoo", said[0])
+
     def test_only_what_is_missing(self) -> None:
         """A QEMU of the system that is new enough is kept; an old one is not."""
         wanted: list[list[str]] = []
@@ -262,10 +267,12 @@ class ToolsTests(DirectoryTestCase):
     def test_old_one_will_do(self) -> None:
         """If nothing newer can be had, an old QEMU is used and known to be one."""
         old = self.tools((7, 2, 22))
-        self.patch(install, "_find", lambda cache: old)
+        self.patch(install, "_find", lambda cache, report: old)
         self.patch(packages, "available", lambda: False)
-        self.assertEqual(install.ensure_tools(self.directory), old)
+        said: list[str] = []
+        self.assertEqual(install.ensure_tools(self.directory, said.append), old)
         self.assertFalse(old.safe)
+        self.assertIn("a calmer guest", said[0])
 
     def test_several_at_once(self) -> None:
         """Of several processes that want QEMU one fetches it."""
@@ -276,7 +283,7 @@ class ToolsTests(DirectoryTestCase):
             fetched.append(1)
             return tools
 
-        self.patch(install, "_find", lambda cache: None)
+        self.patch(install, "_find", lambda cache, report: None)
         self.patch(install, "_fetch", fetch)
         found: list[QemuTools] = []
         threads = [

@@ -45,7 +45,7 @@ def ensure_tools(cache: Path | None = None, report: Callable[[str], None] = prin
     cache = cache or cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache):
-        tools = load(cache) or _find(cache)
+        tools = load(cache) or _find(cache, report)
         if tools is None or not tools.safe:
             tools = _fetch(cache, tools, report)
         save(tools, cache)
@@ -61,7 +61,7 @@ def installed_tools(cache: Path | None = None) -> QemuTools:
     cache = cache or cache_directory()
     tools = load(cache)
     if tools is None:
-        tools = _find(cache)
+        tools = _find(cache, lambda text: None)
         if tools is None:
             raise QemuUnavailable(
                 "QEMU is not installed; 'python -m relaymux.testing.qemu.install' gets it, "
@@ -72,27 +72,33 @@ def installed_tools(cache: Path | None = None) -> QemuTools:
     return tools
 
 
-def _find(cache: Path) -> QemuTools | None:
-    """@return: the best of what is there, on the system and in C{cache}; None if anything is missing."""
+def _find(cache: Path, report: Callable[[str], None]) -> QemuTools | None:
+    """@return: the best of what is there, on the system and in C{cache}; None if nothing works."""
     tree = cache / "tree" if (cache / "tree").is_dir() else None
     best = None
     for programs in (locate(tree), locate(tree, system=False)):
-        if not missing(programs):
+        if missing(programs):
+            continue
+        try:
             tools = probe(programs, tree)
-            if tools.safe:
-                return tools
-            best = best or tools
+        except QemuUnavailable as error:
+            report(str(error))
+            continue
+        if tools.safe:
+            return tools
+        best = best or tools
     return best
 
 
 def _fetch(cache: Path, present: QemuTools | None, report: Callable[[str], None]) -> QemuTools:
     """@param present: a QEMU that will do if no better one can be had."""
     programs = locate()
-    if "system" in programs and (present or version_of(programs["system"]) < SAFE_VERSION):
+    if "system" in programs and (present or not _is_new(programs["system"])):
         del programs["system"]
     wanted = missing(programs)
     if not packages.available():
         if present:
+            report(f"using {present.description} and a calmer guest; there is no apt here to get a newer one")
             return present
         raise QemuUnavailable(f"please install {_wanted(programs)}; there is no apt here to get it with")
     report(
@@ -102,15 +108,22 @@ def _fetch(cache: Path, present: QemuTools | None, report: Callable[[str], None]
     )
     try:
         packages.fetch(wanted, cache, report)
-        tools = _find(cache)
+        tools = _find(cache, report)
         if tools is None:
-            raise QemuUnavailable(f"the packages {', '.join(wanted)} do not have all programs")
+            raise QemuUnavailable(f"the packages {', '.join(wanted)} do not have what is needed")
     except (QemuUnavailable, OSError, subprocess.SubprocessError) as error:
         if present:
             report(f"using {present.description} and a calmer guest: {error}")
             return present
         raise QemuUnavailable(f"please install {_wanted(programs)}; getting it failed: {error}") from error
     return tools
+
+
+def _is_new(program: str) -> bool:
+    try:
+        return version_of(program) >= SAFE_VERSION
+    except QemuUnavailable:
+        return False
 
 
 def _wanted(programs: dict[str, str]) -> str:

@@ -159,14 +159,11 @@ def probe(programs: dict[str, str], tree: Path | None = None) -> QemuTools:
         version_of(program, tools.environment())
     fields = asdict(tools) | {"version": version_of(tools.system, tools.environment())}
     tools = QemuTools(**fields)
-    wanted = os.environ.get("RELAYMUX_QEMU_ACCEL", "")
-    if wanted not in ("", "kvm", "tcg"):
-        raise QemuUnavailable(f"RELAYMUX_QEMU_ACCEL is {wanted!r}; it can be 'kvm' or 'tcg'")
-    with_kvm = QemuTools(**(fields | {"accel": "kvm"}))
-    if (wanted == "kvm" or (not wanted and not tools.safe)) and runs_guest(with_kvm):
-        return with_kvm
-    if wanted == "kvm":
-        raise QemuUnavailable("RELAYMUX_QEMU_ACCEL asks for KVM, and KVM does not run a guest here")
+    # With a QEMU that does not need KVM every machine does the same.
+    if not tools.safe and Path("/dev/kvm").exists():
+        with_kvm = QemuTools(**(fields | {"accel": "kvm"}))
+        if runs_guest(with_kvm):
+            return with_kvm
     if not runs_guest(tools):
         raise QemuUnavailable(f"{tools.system} does not run a guest within {_PROBE_SECONDS:.0f} seconds")
     return tools
@@ -217,15 +214,14 @@ def save(tools: QemuTools, cache: Path) -> None:
 
 def load(cache: Path) -> QemuTools | None:
     """
-    @return: what was remembered, if it was found since this machine started,
-        for the same wishes, and all of it still runs; else None.
+    @return: what was remembered, if it was found since this machine started
+        and all of it still runs; else None.
     """
     try:
         fields = json.loads((cache / "tools.json").read_text(encoding="utf-8"))
         lists = {name: tuple(fields[name]) for name in ("version", "firmware", "libraries")}
         tools = QemuTools(**(fields | lists))
-        wanted = os.environ.get("RELAYMUX_QEMU_ACCEL") or tools.accel
-        if tools.boot != boot_id() or tools.accel != wanted:
+        if tools.boot != boot_id():
             return None
         for program in (tools.img, tools.nbd, tools.nbdcopy):
             version_of(program, tools.environment())
