@@ -14,7 +14,7 @@ pauses, or two daemons waiting for one another's credit would wait for ever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from typing import Protocol as Contract
 
@@ -32,7 +32,7 @@ __all__ = ["LinkOwner", "LinkProtocol"]
 
 #: Data handed to the transport at once.  What the kernel does not take of it is all
 #: that can be in front of an urgent frame in this process.
-FLUSH_BYTES = 1024 * 1024
+FLUSH_BYTES = 256 * 1024
 
 #: Seconds for the last frame (the reason) to leave before the connection is aborted.
 CLOSE_SECONDS = 5.0
@@ -56,15 +56,19 @@ class LinkProtocol(Protocol):
     """
     One link's connection.
 
-    @ivar link: the state machine; owned by this protocol.
+    @ivar link: the state machine, owned by this protocol; made with the connection.
     @ivar generation: a number that rises with every link of its owner, for logs.
     """
 
     transport: Any  # ITransport and IConsumer, which Twisted has no one interface for
+    link: Link
 
-    def __init__(self, reactor: IReactorTime, link: Link, owner: LinkOwner, generation: int) -> None:
-        self.link = link
+    def __init__(
+        self, reactor: IReactorTime, make_link: Callable[[], Link], owner: LinkOwner, generation: int
+    ) -> None:
+        """@param make_link: called when the connection is usable: the handshake's time begins."""
         self.generation = generation
+        self._make_link = make_link
         self._reactor = reactor
         self._owner = owner
         self._receiving = False
@@ -86,6 +90,7 @@ class LinkProtocol(Protocol):
     # IProtocol
 
     def connectionMade(self) -> None:
+        self.link = self._make_link()
         if IBufferTransport.providedBy(self.transport):
             self._buffer_transport = self.transport
         self.transport.registerProducer(self, True)

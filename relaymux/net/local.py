@@ -29,7 +29,7 @@ from relaymux.net.connect import connect_unix
 from relaymux.net.peer import Peer
 from relaymux.net.stream import StreamTransport
 
-__all__ = ["LocalDialer", "LocalListener", "LocalSocket"]
+__all__ = ["LocalDialer", "LocalListener", "LocalSocket", "Totals"]
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -69,6 +69,12 @@ class Totals:
     failed: int = 0
     sent: int = 0
     received: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.opened} connections, {self.failed} failures,"
+            f" {_amount(self.sent)} sent, {_amount(self.received)} received"
+        )
 
 
 @dataclass

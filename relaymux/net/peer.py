@@ -101,9 +101,11 @@ class Peer:
     def build_link(self) -> LinkProtocol:
         """@return: the protocol for a new connection to this peer."""
         self._generation += 1
+        return LinkProtocol(self._reactor, self._make_link, self, self._generation)
+
+    def _make_link(self) -> Link:
         hello = Hello(self._identity.name, self._identity.instance, self._limits) if self._dialing else None
-        link = Link(local=self._limits, now=self._reactor.seconds(), hello=hello)
-        return LinkProtocol(self._reactor, link, self, self._generation)
+        return Link(local=self._limits, now=self._reactor.seconds(), hello=hello)
 
     @property
     def is_up(self) -> bool:

@@ -20,7 +20,7 @@ from relaymux.net.buffers import pool_for
 from relaymux.net.dialer import Dialer, LinkPort
 from relaymux.net.disks import BoundSocket, bind_unix, ensure_private_directory
 from relaymux.net.listen import listen_on
-from relaymux.net.local import LocalDialer, LocalListener, LocalSocket
+from relaymux.net.local import LocalDialer, LocalListener, LocalSocket, Totals
 from relaymux.net.peer import Identity, Peer
 from relaymux.service.config_sections import Configuration, LinkSection, ServiceSection
 from relaymux.transports.registry import find_transport
@@ -51,6 +51,7 @@ class RelayService(Service):
         self._dialers: list[Dialer] = []
         self._ports: list[LinkPort] = []
         self._peers: dict[str, Peer] = {}
+        self._totals: list[tuple[str, Totals]] = []
         identity = Identity(configuration.name, os.urandom(16))
         for link in configuration.links:
             self._add_link(link, identity)
@@ -115,6 +116,8 @@ class RelayService(Service):
             await port.stop()
         drains = [peer.drain(seconds) for peer in self._peers.values()]
         undelivered = sum([await drain for drain in drains])
+        for section, totals in self._totals:
+            self._log.info("{section}: in all {totals}", section=section, totals=totals)
         if undelivered:
             self.exit_status = EXIT_UNDELIVERED
         log = self._log.error if undelivered else self._log.info
@@ -151,12 +154,15 @@ class RelayService(Service):
             section.section, section.name, str(section.path), section.open_timeout, section.max_connections
         )
         if section.role == "connect":
-            peer.register(section.name, LocalDialer(self._reactor, peer, local))
+            dialer = LocalDialer(self._reactor, peer, local)
+            peer.register(section.name, dialer)
+            self._totals.append((section.section, dialer.totals))
             return
         bound = bind_unix(local.path, mode=section.mode, owner=section.owner, group=section.group)
         factory = LocalListener(self._reactor, peer, local)
         port = listen_on(self._reactor, bound.socket, factory, pool_for(self._reactor))
         self._sockets.append((bound, port))
+        self._totals.append((section.section, factory.totals))
 
     def _remove_sockets(self) -> None:
         sockets, self._sockets = self._sockets, []
