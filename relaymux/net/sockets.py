@@ -64,7 +64,13 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from relaymux.interfaces import Buffer, IBufferReceiver, IBufferTransport, IIdentifiedTransport
+from relaymux.interfaces import (
+    Buffer,
+    IBufferReceiver,
+    IBufferTransport,
+    IHalfReadTransport,
+    IIdentifiedTransport,
+)
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.disks import peer_credentials
@@ -102,7 +108,7 @@ MEMORY_PAUSE = 0.1
 _SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 
 
-@implementer(IBufferTransport, ISystemHandle)
+@implementer(IBufferTransport, IHalfReadTransport, ISystemHandle)
 class SocketTransport(FileDescriptor):
     """
     A connected socket carrying one protocol.
