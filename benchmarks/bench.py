@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,7 +37,7 @@ __all__ = ["TARGETS", "Run", "cpu_ratio", "main", "measure"]
 #: that needs 1.2.
 TARGETS = {"tcp": 0.75 / 1.2, "tls": 0.6}
 
-NOTHING, FORWARDING, MULTIPLEXING = "no relay", "Twisted, forwarding", "Twisted, multiplexing"
+NOTHING, FORWARDING, MULTIPLEXING = "no relay", "Twisted forwards", "Twisted muxes"
 OURS = "relaymux"
 
 RELAYS: dict[str, Callable[[Path, str], AbstractContextManager[Relays]]] = {
@@ -130,31 +131,33 @@ def cpu_ratio(runs: Sequence[Run], transport: str, yardstick: str) -> float:
 
 def table(runs: Sequence[Run], load: float) -> Table:
     """
-    @param load: the machine's load average before the first run, from others' work.
+    @param load: the machine's load average before the first run.
     @return: medians, ranges and ratios, for the terminal.
     """
     shown = Table(
-        title="One bulk stream, UNIX socket to UNIX socket. Median (range) of the rounds.",
-        caption=f"{os.cpu_count()} processors; others kept {load:.1f} of them busy before the start.",
+        title="One bulk stream, UNIX socket to UNIX socket: median (range) of the rounds",
+        caption=f"{os.cpu_count()} processors, load average {load:.1f} before the start",
+        box=SIMPLE_HEAD,
     )
     shown.add_column("link")
     shown.add_column("relay")
-    for column in ("GB/s", "CPU s/GB, both daemons", "of forwarding", "of multiplexing", "allowed"):
+    for column in ("GB/s", "CPU s/GB", "ratio", "allowed"):
         shown.add_column(column, justify="right")
     for transport, relay in dict.fromkeys((run.transport, run.relay) for run in runs):
         same = [run for run in runs if (run.transport, run.relay) == (transport, relay)]
         cells = [transport, relay, _spread([run.rate for run in same])]
         if relay != NOTHING:
             cells.append(_spread([run.cpu for run in same]))
-        if relay == OURS:
-            cells += [f"{cpu_ratio(runs, transport, other):.2f}" for other in (FORWARDING, MULTIPLEXING)]
-            cells.append(f"{TARGETS[transport]:.3f} of forwarding")
+        if relay in (FORWARDING, MULTIPLEXING):
+            cells.append(f"{cpu_ratio(runs, transport, relay):.2f}")
+        if relay == FORWARDING:
+            cells.append(f"{TARGETS[transport]:.3f}")
         shown.add_row(*cells, end_section=relay in (NOTHING, OURS))
     return shown
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -122,18 +123,9 @@ def _memory(relays: Relays) -> list[Memory]:
 
 def table(stalls: Sequence[Stall]) -> Table:
     """@return: what was seen, in MiB, for the terminal."""
-    shown = Table(title="Resident memory of both daemons while a reader stalls, MiB")
-    for column in (
-        "link",
-        "streams",
-        "stalled for",
-        "idle",
-        "peak (source + destination)",
-        "growth",
-        "own data",
-        "allowed",
-        "others, GB/s",
-    ):
+    shown = Table(title="Most resident memory while a reader stalls, both daemons, MiB", box=SIMPLE_HEAD)
+    columns = "link", "streams", "stall", "idle", "source", "dest.", "growth", "allowed", "others"
+    for column in columns:
         shown.add_column(column, justify="right")
     for stall in stalls:
         colour = "green" if stall.growth <= stall.bound else "red"
@@ -142,11 +134,11 @@ def table(stalls: Sequence[Stall]) -> Table:
             str(stall.streams),
             f"{stall.seconds:.0f} s",
             f"{stall.idle / MIB:.1f}",
-            f"{stall.peak / MIB:.1f} ({stall.peak_source / MIB:.1f} + {stall.peak_destination / MIB:.1f})",
+            f"{stall.peak_source / MIB:.1f}",
+            f"{stall.peak_destination / MIB:.1f}",
             f"[{colour}]{stall.growth / MIB:.1f}[/]",
-            f"{stall.anonymous_growth / MIB:.1f}",
             f"{stall.bound / MIB:.0f}",
-            f"{stall.other_rate:.2f}" if stall.streams > 1 else "-",
+            f"{stall.other_rate:.2f} GB/s" if stall.streams > 1 else "-",
         )
     return shown
 
