@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 
 # trial runs the modules that take a moment, so that its own reactor and its way of
 # finding tests are known to work too; pytest runs everything.
-SLOW = tests/test_packaging.py $(wildcard tests/test_qemu*.py tests/test_properties*.py tests/test_demo*.py)
+SLOW = tests/test_packaging.py tests/test_examples.py $(wildcard tests/test_qemu*.py tests/test_properties*.py tests/test_demo*.py)
 QUICK = $(subst /,.,$(basename $(filter-out $(SLOW),$(sort $(wildcard tests/test_*.py)))))
 
 .PHONY: test demo lint bench venv qemu clean
