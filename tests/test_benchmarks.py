@@ -91,6 +91,11 @@ class RelayTests(SynchronousTestCase):
         with relaymux(self.directory, "unix") as relays:
             self.check(relays)
 
+    def test_relaymux_tls(self) -> None:
+        """The same with the keys and certificates that TLS needs."""
+        with relaymux(self.directory, "tls") as relays:
+            self.check(relays)
+
     def test_stall(self) -> None:
         """A reader that stalls for a moment ends with all its bytes, and memory was looked at meanwhile."""
         options = {"window": "1M", "replay-buffer": "2M"}
