@@ -346,8 +346,7 @@ class SocketTransport(FileDescriptor):
         self._output_open = False
         self._output_reset = error.errno != errno.EPIPE
         self._ending = ConnectionLost(
-            f"writing to {describe(self._peer)}: {error.strerror};"
-            f" {self.queuedBytes} bytes were not taken"
+            f"writing to {describe(self._peer)}: {error.strerror}; {self.queuedBytes} bytes were not taken"
         )
         self._drop_queue()
         # Told later, since whoever is writing does not expect to be called back.

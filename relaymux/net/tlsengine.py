@@ -1,0 +1,181 @@
+"""
+TLS between memory and memory: the only module that knows how OpenSSL is fed.
+
+pyOpenSSL's public calls allocate a block for every read, copy what they read
+out of it once more, and write one record per call.  L{FastEngine} calls the
+same OpenSSL functions through pyOpenSSL's bindings, on buffers that are used
+again and again: about two thirds of the CPU time per byte.  Those bindings are
+not a public interface, so L{make_engine} uses them only if all that it needs is
+there, and else the L{Engine} that does without.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from OpenSSL import SSL
+
+from relaymux.interfaces import Buffer
+from relaymux.net.buffers import BUFFER_SIZE, BufferPool
+
+__all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "Engine", "FastEngine", "make_engine"]
+
+#: Plain bytes encrypted before they are sent.
+BATCH = BUFFER_SIZE
+
+#: A batch encrypted: each record of 16 KiB grows by 22 bytes.  A pool with
+#: buffers of this size holds a batch in one.
+CIPHER_BUFFER_SIZE = BUFFER_SIZE + 8 * 1024
+
+#: Free space wanted to read into.
+_ROOM = 64 * 1024
+
+#: The most that one TLS record holds.
+_RECORD = 16 * 1024
+
+_BINDINGS = (
+    "BIO_read",
+    "BIO_write",
+    "SSL_ERROR_WANT_READ",
+    "SSL_clear_mode",
+    "SSL_get_error",
+    "SSL_MODE_ENABLE_PARTIAL_WRITE",
+    "SSL_read",
+    "SSL_write",
+)
+_ATTRIBUTES = ("_ssl", "_into_ssl", "_from_ssl", "_raise_ssl_error")
+
+
+class Engine:
+    """
+    One side of a TLS connection, through pyOpenSSL's public interface.
+
+    @ivar connection: for what has no cost per byte: handshake, peer
+        certificate, key export, shutdown.
+    """
+
+    def __init__(self, connection: SSL.Connection, pool: BufferPool) -> None:
+        """
+        @param connection: made without a socket; client or server is set.
+        @param pool: for encrypted bytes on their way out.
+        """
+        self.connection = connection
+        self._pool = pool
+
+    def feed(self, data: memoryview) -> None:
+        """Encrypted bytes have arrived; they are copied."""
+        self.connection.bio_write(data)
+
+    def read_into(self, room: memoryview) -> int:
+        """
+        Decrypt what was fed.
+
+        @return: how many bytes were put into C{room}; 0 when more must be fed.
+        @raise SSL.ZeroReturnError: the peer has closed, in order.
+        @raise SSL.Error: the peer broke TLS, or refused us with an alert.
+        """
+        count = 0
+        try:
+            while count < len(room):
+                # One record at a time is all OpenSSL gives, and the room is allocated anew.
+                count += self.connection.recv_into(room[count : count + _RECORD])
+        except SSL.WantReadError:
+            return count
+        except SSL.Error:
+            # Bytes before what is wrong count; it is found again by the next call.
+            if not count:
+                raise
+        return count
+
+    def encrypt(self, data: Buffer) -> None:
+        """Encrypt C{data}; L{take} has the result."""
+        left = memoryview(data)
+        while left:
+            left = left[self.connection.send(left) :]
+
+    def take(self) -> list[memoryview]:
+        """@return: all that is to be sent, encrypted."""
+        taken: list[memoryview] = []
+        while True:
+            room = self._pool.room(_ROOM)
+            count = self._read_encrypted(room)
+            if not count:
+                return taken
+            taken.append(self._pool.take(count))
+
+    def _read_encrypted(self, room: memoryview) -> int:
+        try:
+            data = self.connection.bio_read(len(room))
+        except SSL.WantReadError:
+            return 0
+        room[: len(data)] = data
+        return len(data)
+
+
+class FastEngine(Engine):
+    """The same without copies in between."""
+
+    def __init__(self, connection: SSL.Connection, pool: BufferPool) -> None:
+        super().__init__(connection, pool)
+        raw: Any = connection
+        self._ssl = raw._ssl
+        self._incoming = raw._into_ssl
+        self._outgoing = raw._from_ssl
+        self._raise = raw._raise_ssl_error
+        self._error: Exception | None = None
+        # One call then writes all records of a batch.
+        _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
+
+    def feed(self, data: memoryview) -> None:
+        with _from_buffer(data) as start:
+            if _lib.BIO_write(self._incoming, start, len(data)) != len(data):
+                raise MemoryError("OpenSSL cannot hold what was received")
+
+    def read_into(self, room: memoryview) -> int:
+        if self._error is not None:
+            raise self._error
+        ssl, read, size, count = self._ssl, _lib.SSL_read, len(room), 0
+        with _from_buffer(room) as start:
+            while count < size:
+                got = read(ssl, start + count, size - count)
+                if got <= 0:
+                    break
+                count += got
+            else:
+                return count
+        if _lib.SSL_get_error(ssl, got) == _lib.SSL_ERROR_WANT_READ:
+            return count
+        try:
+            # Asked at once: OpenSSL's errors wait in a queue that all connections share.
+            self._raise(ssl, got)
+        except SSL.Error as error:
+            if not count:
+                raise
+            self._error = error
+        return count
+
+    def encrypt(self, data: Buffer) -> None:
+        if not data:
+            return
+        with _from_buffer(data) as start:
+            written = _lib.SSL_write(self._ssl, start, len(data))
+        if written <= 0:
+            self._raise(self._ssl, written)
+
+    def _read_encrypted(self, room: memoryview) -> int:
+        with _from_buffer(room) as start:
+            count: int = _lib.BIO_read(self._outgoing, start, len(room))
+        return max(count, 0)
+
+
+_lib: Any = getattr(SSL, "_lib", None)
+_ffi: Any = getattr(SSL, "_ffi", None)
+_from_buffer: Any = getattr(_ffi, "from_buffer", None)
+
+
+def make_engine(connection: SSL.Connection, pool: BufferPool) -> Engine:
+    """@return: the fastest engine that this version of pyOpenSSL allows; parameters as of L{Engine}."""
+    has_bindings = _from_buffer is not None and all(hasattr(_lib, name) for name in _BINDINGS)
+    if has_bindings and all(hasattr(connection, name) for name in _ATTRIBUTES):
+        return FastEngine(connection, pool)
+    return Engine(connection, pool)

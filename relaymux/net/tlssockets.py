@@ -1,0 +1,491 @@
+"""
+TLS on top of a socket transport.
+
+Twisted's own TLS hands OpenSSL one record at a time and copies each byte five
+times.  Here whole buffers are encrypted at once, into memory that is used
+again, and what the socket received is decrypted straight into the buffers that
+the protocol is given.
+
+::
+
+    protocol  --writeBuffers-->  queue  --encrypt-->  SocketTransport  --> kernel
+    protocol  <--buffersReceived--     decrypt  <--   SocketTransport  <-- kernel
+
+Only what the kernel is ready to take is encrypted: while the socket transport
+has bytes queued it holds us (C{_held}), and plain bytes wait in our queue by
+reference.
+
+The protocol is connected once the handshake is through and the peer has proved
+to be the one wanted.  In TLS 1.3 a client cannot know at that time whether the
+server will accept the client's certificate; a refusal arrives later, and is
+told by C{connectionLost} as a L{TransportError}.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+from typing import Protocol as Contract
+
+from OpenSSL import SSL
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import (
+    IAddress,
+    IConsumer,
+    IDelayedCall,
+    IProducer,
+    IProtocol,
+    IPushProducer,
+    ITransport,
+)
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from relaymux.errors import TransportError
+from relaymux.interfaces import Buffer, IBufferReceiver, IBufferTransport, IIdentifiedTransport
+from relaymux.net.addresses import describe
+from relaymux.net.buffers import BufferPool
+from relaymux.net.sockets import PLAIN_READ, READ_ROOM, SocketTransport
+from relaymux.net.tlscontext import TLSIdentity
+from relaymux.net.tlsengine import BATCH, make_engine
+from relaymux.net.tlserrors import handshake_error, lost_error
+
+__all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
+
+#: From the connection to the checked peer, however slowly bytes trickle in.
+HANDSHAKE_SECONDS = 10.0
+
+#: How long a peer may take to read what is left when we close.
+CLOSE_SECONDS = 5.0
+
+#: Buffers up to this size are put together with what follows: a record of
+#: their own would cost more than the copy.
+SMALL = 2048
+
+#: The most one TLS record holds.
+RECORD = 16 * 1024
+
+
+class TLSOwner(Contract):
+    """Whoever makes a L{TLSTransport}: is told what became of the handshake."""
+
+    def tls_established(self, transport: TLSTransport) -> IProtocol | None:
+        """The peer is the one expected.  @return: the protocol to connect; L{None} to close."""
+
+    def tls_connected(self, protocol: IProtocol) -> None:
+        """C{protocol} is connected."""
+
+    def tls_failed(self, error: TransportError) -> None:
+        """Instead of the other two: it did not come to that, and the socket is closed."""
+
+
+@implementer(IBufferReceiver, IPushProducer)
+class _Below(Protocol):
+    """What the socket transport sees: the protocol it carries and the producer it holds."""
+
+    transport: SocketTransport
+
+    def __init__(self, tls: TLSTransport) -> None:
+        self._tls = tls
+
+    def connectionMade(self) -> None:
+        self.transport.registerProducer(self, True)
+        self._tls._socket_connected(self.transport)
+
+    def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
+        self._tls._encrypted_received(buffers)
+
+    def buffersWritten(self, count: int) -> None:
+        self._tls._encrypted_written()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._tls._socket_lost(reason)
+
+    def pauseProducing(self) -> None:
+        self._tls._hold()
+
+    def resumeProducing(self) -> None:
+        self._tls._release()
+
+    def stopProducing(self) -> None:
+        """C{connectionLost} comes next."""
+
+
+@implementer(ITransport, IConsumer, IPushProducer, IBufferTransport, IIdentifiedTransport)
+class TLSTransport:
+    """
+    A connection whose peer has proved who it is.
+
+    @ivar below: the protocol to give to the socket.
+    @ivar peerIdentity: see L{IIdentifiedTransport}.
+    @ivar connected: whether a protocol is connected.
+    @ivar queuedBytes: plain bytes written that the kernel has not taken, encrypted.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        identity: TLSIdentity,
+        pool: BufferPool,
+        cipher_pool: BufferPool,
+        owner: TLSOwner,
+        *,
+        is_server: bool,
+    ) -> None:
+        """
+        @param pool: for decrypted bytes.
+        @param cipher_pool: for encrypted ones.
+        """
+        self.below = _Below(self)
+        self.peerIdentity = identity.credentials.peer.identity
+        self.connected = False
+        self._reactor = reactor
+        self._pool = pool
+        self._owner = owner
+        self._certificate = identity.credentials.certificate
+        connection, self._check = identity.connection(is_server=is_server)
+        self._engine = make_engine(connection, cipher_pool)
+        self._protocol: IProtocol | None = None
+        self._receiver: IBufferReceiver | None = None
+        # Bounded by the producer's obedience: it is paused while anything is here.
+        self._queue: deque[Buffer] = deque()
+        self._queued = 0
+        self._encrypted = 0  # plain bytes whose encrypted form the kernel has not taken
+        self._held = False
+        self._paused = False
+        self._undelivered = False
+        self._closing = False
+        self._goodbye = False
+        self._reason: Exception | None = None
+        self._producer: Any = None
+        self._streaming = False
+        self._producer_paused = False
+        self._timer: IDelayedCall | None = None
+
+    # What it is
+
+    @property
+    def queuedBytes(self) -> int:
+        return self._queued + self._encrypted
+
+    def getHost(self) -> IAddress:
+        return self._socket.getHost()
+
+    def getPeer(self) -> IAddress:
+        return self._socket.getPeer()
+
+    def exporter(self, label: str, length: int) -> bytes:
+        """
+        Key material that both ends of this connection have and nobody else
+        (RFC 8446 7.5), to bind something to it.
+
+        @param label: what for; both ends must say the same.
+        @param length: bytes wanted.
+        """
+        return self._engine.connection.export_keying_material(label.encode("ascii"), length)
+
+    # Handshake
+
+    def _socket_connected(self, transport: SocketTransport) -> None:
+        self._socket = transport
+        self._peer = describe(transport.getPeer())
+        self._timer = self._reactor.callLater(HANDSHAKE_SECONDS, self._handshake_overdue)
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        try:
+            self._engine.connection.do_handshake()
+        except SSL.WantReadError:
+            self._send_encrypted()
+            return
+        except Exception as error:
+            # An exception of our own check ends here too: nobody passes by mistake.
+            if not isinstance(error, SSL.Error):
+                self._log.failure("exception while checking {peer}", peer=self._peer)
+            self._fail(handshake_error(error, self._check.problem, self._peer, self._certificate))
+            return
+        self._send_encrypted()
+        self._cancel_timer()
+        protocol = self._owner.tls_established(self) if self._check.passed else None
+        if protocol is None:
+            self._fail(TransportError(f"the connection to {self._peer} is not wanted"))
+            return
+        self._protocol = protocol
+        self._receiver = protocol if IBufferReceiver.providedBy(protocol) else None
+        self.connected = True
+        protocol.makeConnection(self)
+        self._owner.tls_connected(protocol)
+
+    def _handshake_overdue(self) -> None:
+        self.give_up(TransportError(f"no TLS handshake with {self._peer} within {HANDSHAKE_SECONDS:g} s"))
+
+    def give_up(self, reason: TransportError) -> None:
+        """Close at once, while the handshake is not through."""
+        self._reason = reason
+        self._socket.abortConnection()
+
+    def _fail(self, reason: Exception) -> None:
+        """End what cannot go on, with the alert that tells the peer why."""
+        self._reason = self._reason or reason
+        self._drop_queue()
+        self._send_encrypted()
+        self._close_socket()
+
+    # Reading
+
+    def pauseProducing(self) -> None:
+        self._paused = True
+        self._socket.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        if self._undelivered:
+            # What OpenSSL still has comes first, but not from within this call.
+            self._reactor.callLater(0, self._deliver_rest)
+        elif self._is_open():
+            self._socket.resumeProducing()
+
+    def stopProducing(self) -> None:
+        self.loseConnection()
+
+    def _encrypted_received(self, buffers: Sequence[memoryview]) -> None:
+        for data in buffers:
+            if self._reason is not None or self._closing:
+                return
+            self._engine.feed(data)
+            if self._protocol is None:
+                self._shake_hands()
+            if self._protocol is not None:
+                self._deliver()
+
+    def _deliver(self) -> None:
+        self._undelivered = False
+        while self._is_open():
+            if self._paused:
+                self._undelivered = True
+                return
+            room = self._pool.room(READ_ROOM)
+            if self._receiver is None:
+                room = room[:PLAIN_READ]
+            try:
+                count = self._engine.read_into(room)
+            except SSL.ZeroReturnError:
+                self._peer_closed()
+                return
+            except SSL.Error as error:
+                self._fail(lost_error(error, self._peer, self._certificate))
+                return
+            if not count:
+                # Reading may have made OpenSSL answer: a new key, for example.
+                self._send_encrypted()
+                return
+            if self._receiver is not None:
+                self._receiver.buffersReceived((self._pool.take(count),))
+            elif self._protocol is not None:
+                self._protocol.dataReceived(bytes(room[:count]))
+
+    def _deliver_rest(self) -> None:
+        if self._paused or not self._undelivered or not self._is_open():
+            return
+        try:
+            self._deliver()
+        except Exception as error:
+            self._log.failure("exception from the protocol of {peer}", peer=self._peer)
+            self._reason = error
+            self._socket.abortConnection()
+        else:
+            if not self._paused and self._is_open():
+                self._socket.resumeProducing()
+
+    def _peer_closed(self) -> None:
+        if self.queuedBytes:
+            self._fail(
+                ConnectionLost(f"{self._peer} closed before it had taken the last {self.queuedBytes} bytes")
+            )
+        else:
+            self._reason = ConnectionDone()
+            self._say_goodbye()
+
+    # Writing
+
+    def write(self, data: bytes) -> None:
+        self.writeBuffers((data,))
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        self.writeBuffers(tuple(data))
+
+    def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
+        total = 0
+        for buffer in buffers:
+            if not isinstance(buffer, (bytes, memoryview)):
+                raise TypeError(f"data must be bytes or a memoryview, not {type(buffer).__name__}")
+            total += len(buffer)
+        if not total or not self.connected or self._reason is not None:
+            return
+        self._queue.extend(buffers)
+        self._queued += total
+        self._encrypt()
+        if self.queuedBytes:
+            self._hold_producer()
+        elif self._producer is not None and not self._streaming:
+            self._reactor.callLater(0, self._drained)
+
+    def _encrypt(self) -> None:
+        """Encrypt and hand down what the socket takes."""
+        while self._queued and not self._held and self._reason is None:
+            for data in self._next_batch():
+                self._engine.encrypt(data)
+            self._send_encrypted()
+
+    def _next_batch(self) -> list[Buffer]:
+        """Take up to L{BATCH} bytes out of the queue, as pieces worth a record each."""
+        queue, size = self._queue, 0
+        pieces: list[Buffer] = []
+        small: list[Buffer] = []
+        while queue and size < BATCH:
+            data = queue.popleft()
+            room = BATCH - size
+            if len(data) > room:
+                queue.appendleft(memoryview(data)[room:])
+                data = memoryview(data)[:room]
+            size += len(data)
+            if len(data) <= SMALL:
+                small.append(data)
+            elif small:
+                first = RECORD - sum(map(len, small)) % RECORD
+                small.append(memoryview(data)[:first])
+                pieces += [b"".join(small), memoryview(data)[first:]]
+                small = []
+            else:
+                pieces.append(data)
+        if small:
+            pieces.append(b"".join(small))
+        self._queued -= size
+        self._encrypted += size
+        return pieces
+
+    def _send_encrypted(self) -> None:
+        encrypted = self._engine.take()
+        if encrypted:
+            self._socket.writeBuffers(encrypted)
+
+    def _encrypted_written(self) -> None:
+        if not self._socket.queuedBytes and self._encrypted:
+            count, self._encrypted = self._encrypted, 0
+            if self._receiver is not None:
+                self._receiver.buffersWritten(count)
+
+    def _hold(self) -> None:
+        self._held = True
+
+    def _release(self) -> None:
+        self._held = False
+        self._encrypt()
+        if not self.queuedBytes:
+            self._drained()
+
+    def _drained(self) -> None:
+        """The kernel has everything: who was told to wait may go on."""
+        if self.queuedBytes or not self.connected:
+            return
+        producer = self._producer
+        if producer is not None and (self._producer_paused or not self._streaming):
+            self._producer_paused = False
+            producer.resumeProducing()
+        done = self._producer is None or self._streaming
+        if self._closing and not self._goodbye and not self.queuedBytes and done:
+            self._say_goodbye()
+
+    def _hold_producer(self) -> None:
+        if self._producer is not None and self._streaming and not self._producer_paused:
+            self._producer_paused = True
+            self._producer.pauseProducing()
+
+    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+        if self._producer is not None:
+            raise RuntimeError(f"cannot register {producer}: {self._producer} was never unregistered")
+        if not self.connected:
+            producer.stopProducing()
+            return
+        self._producer, self._streaming, self._producer_paused = producer, streaming, False
+        if not streaming:
+            self._drained()
+        elif self.queuedBytes:
+            self._hold_producer()
+
+    def unregisterProducer(self) -> None:
+        self._producer = None
+        if self._closing:
+            self._reactor.callLater(0, self._drained)
+
+    # Ending
+
+    def loseConnection(self) -> None:
+        """Send what is queued, tell the peer that this is the end, and close; within L{CLOSE_SECONDS}."""
+        if not self.connected or self._closing or self._reason is not None:
+            return
+        self._closing = True
+        self._timer = self._reactor.callLater(CLOSE_SECONDS, self._close_overdue)
+        self._socket.resumeProducing()  # what comes now is dropped, so that the peer is not stuck
+        self._reactor.callLater(0, self._drained)
+
+    def abortConnection(self) -> None:
+        """Close at once, as L{SocketTransport.abortConnection}."""
+        if self.connected:
+            self._drop_queue()
+            self._socket.abortConnection()
+
+    def _close_overdue(self) -> None:
+        self._log.warn(
+            "{peer} does not read: closing without its having taken the last {count} bytes",
+            peer=self._peer,
+            count=self.queuedBytes,
+        )
+        self.abortConnection()
+
+    def _say_goodbye(self) -> None:
+        self._goodbye = True
+        self._cancel_timer()
+        self._engine.connection.shutdown()
+        self._send_encrypted()
+        self._close_socket()
+
+    def _close_socket(self) -> None:
+        self._socket.unregisterProducer()
+        self._socket.loseConnection()
+
+    def _socket_lost(self, reason: Failure) -> None:
+        self._cancel_timer()
+        self._drop_queue()
+        error = self._reason or reason.value or ConnectionLost()
+        protocol, self._protocol = self._protocol, None
+        if protocol is None:
+            if not isinstance(error, TransportError):
+                error = TransportError(f"{self._peer} closed during the TLS handshake: {error}")
+            self._owner.tls_failed(error)
+            return
+        if self._reason is None and isinstance(error, ConnectionDone) and not self._closing:
+            error = ConnectionLost(
+                f"{self._peer} closed the connection without saying so in TLS: what it sent may be incomplete"
+            )
+        self.connected = False
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.stopProducing()
+        protocol.connectionLost(Failure(error))
+
+    def _is_open(self) -> bool:
+        return self.connected and self._reason is None and not self._closing
+
+    def _drop_queue(self) -> None:
+        self._queue.clear()
+        self._queued = self._encrypted = 0
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
