@@ -15,14 +15,18 @@ from collections.abc import Iterator, Sequence
 from relaymux.core.frames import Buffer
 from relaymux.errors import ErrorCode, RemoteProtocolError
 
+#: Bytes of control frames that may be unacknowledged beyond the capacity: some ten
+#: thousand frames, of which a peer that acknowledges at all never leaves so many.
+HEAD_ROOM = 256 * 1024
+
 
 class ReplayBuffer:
     """
     The unacknowledged sequenced frames of one direction, oldest first.
 
-    C{capacity} bounds what DATA frames may fill.  Control frames may exceed it:
-    they are few (at most a handful per stream), and holding back a CREDIT or a
-    FIN because data is unacknowledged could stop both sides for good.
+    C{capacity} bounds what DATA frames may fill.  Control frames may exceed it
+    by L{HEAD_ROOM}: holding back a CREDIT because data is unacknowledged could
+    stop both sides for good.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,6 +45,11 @@ class ReplayBuffer:
     def room(self) -> int:
         """Bytes of DATA frames, headers included, that may be added; never negative."""
         return max(0, self.capacity - self.held_bytes)
+
+    @property
+    def full(self) -> bool:
+        """Whether control frames have to wait, too."""
+        return self.held_bytes >= self.capacity + HEAD_ROOM
 
     def append(self, buffers: Sequence[Buffer], size: int) -> None:
         """Keep one frame: C{buffers} in order, C{size} bytes in all."""

@@ -89,6 +89,7 @@ class Session:
         self._goaway_received = False
         self._opened_here = 0
         self._opened_by_peer = 0
+        self._forgotten_unsaid = 0  # of the peer's streams, whose last frame is in _control
         self.replay = ReplayBuffer(local.replay)
         self.rx_next = 0
         self.rx_acknowledged = 0
@@ -132,11 +133,20 @@ class Session:
 
     def accept(self, stream_id: int) -> None:
         """Tell the opener that the service is connected; nothing if it has given up meanwhile."""
-        if self._answer(stream_id).send.state is SendState.OPEN:
+        stream = self._answer(stream_id)
+        # Both of our ends may be with it already, and the stream forgotten there.
+        ended = stream.send.state in (SendState.ENDED, SendState.CLOSED)
+        if not (ended and stream.receive.state is ReceiveState.CLOSED):
             self._queue(Kind.OPENED, stream_id)
 
     def refuse(self, stream_id: int, code: int, text: str) -> list[Event]:
-        """Tell the opener that there is no service behind the stream, and why: one line."""
+        """
+        Tell the opener that there is no service behind the stream, and why: one line.
+
+        @raise LocalError: it was answered before, or written to.
+        """
+        if self._stream(stream_id).send.accepted:
+            raise LocalError(f"stream {stream_id} was written to: it cannot be refused any more")
         stream = self._answer(stream_id)
         if stream.send.state is not SendState.OPEN:
             return self.abort(stream_id, code)  # the opener has given up meanwhile
@@ -261,8 +271,11 @@ class Session:
         @return: buffers to be sent in this order; empty if there is nothing.
         """
         out: list[Buffer] = []
-        while self._control:
+        while self._control and not self.replay.full:
             self._emit(out, self._control.popleft())
+        if self._control:
+            return out  # only a peer that acknowledges nothing gets here: let it wait, too
+        self._forgotten_unsaid = 0
         if self._credit_due:
             for stream_id in self._credit_due:
                 window = self.streams[stream_id].receive.window
@@ -325,7 +338,9 @@ class Session:
                 f"OPEN with id {stream_id}, expected {self._next_peer_id}",
                 stream_id,
             )
-        if self._opened_by_peer >= self._local.max_streams:
+        # A stream counts until the peer can know that it is over.  So this is also what
+        # bounds _control, whatever a peer opens and resets without reading our answers.
+        if self._opened_by_peer + self._forgotten_unsaid >= self._local.max_streams:
             raise RemoteProtocolError(
                 ErrorCode.FLOOD, f"more than the allowed {self._local.max_streams} streams", stream_id
             )
@@ -475,6 +490,7 @@ class Session:
             self._opened_here -= 1
         else:
             self._opened_by_peer -= 1
+            self._forgotten_unsaid += 1
         send, window = stream.send, stream.receive.window
         return [
             StreamClosed(stream.stream_id, send.accepted, send.delivered, window.received, window.consumed)
