@@ -87,5 +87,8 @@ class WaitTests(SynchronousTestCase):
         self.assertIn("ended at tick 0", self.wait([b"tick 0000", b"0001 ok\r"], 1))
 
     def test_bad(self) -> None:
-        """A complaint ends the waiting."""
-        self.assertEqual(self.wait([lines(1, 2), b"BAD disk 1 2 3 "], 9), "BAD disk 1 2 3")
+        """A complaint ends the waiting, once it is complete, or when there is no more of it."""
+        numbers = "00000001 00000002 00000003"
+        chunks = [lines(1, 2), b"BAD disk 00000", b"001 00000002 0000", b"0003 "]
+        self.assertEqual(self.wait(chunks, 9), f"BAD disk {numbers}")
+        self.assertEqual(self.wait([lines(1, 2), b"BAD disk 00"], 9), "BAD disk 00")

@@ -11,6 +11,9 @@ __all__ = ["Console", "Continuity", "GuestFailed", "continuity"]
 
 _LINE = re.compile(rb"tick (\d{8}) ok\r\n")
 
+#: The guest's last words, with three numbers.
+_COMPLAINT = re.compile(rb"BAD \w+ (?:[0-9A-F]{8} ){3}")
+
 
 class GuestFailed(Exception):
     """The guest found something wrong, or says what it should not say."""
@@ -55,8 +58,8 @@ class Console:
             self._parsed = match.end()
 
     def check(self) -> None:
-        """@raise GuestFailed: it has reported something bad."""
-        place = self.data.find(b"BAD", max(self._parsed - 64, 0))
+        """@raise GuestFailed: it has reported, or begun to report, something bad."""
+        place = self.data.find(b"BAD", self._parsed)
         if place >= 0:
             raise GuestFailed(bytes(self.data[place:]).decode("ascii", "replace").strip())
 
@@ -68,16 +71,17 @@ class Console:
         """
 
         def reached() -> bool:
-            self.check()
-            return self.last >= number or self.ended
+            return self.last >= number or self.ended or bool(_COMPLAINT.search(self.data, self._parsed))
 
         async with self._changed:
             try:
                 await asyncio.wait_for(self._changed.wait_for(reached), seconds)
             except asyncio.TimeoutError:
+                self.check()
                 raise GuestFailed(
                     f"no tick {number} within {seconds:g} s; the last one is {self.last}"
                 ) from None
+        self.check()
         if self.last < number:
             raise GuestFailed(f"the console ended at tick {self.last}, before {number}")
 
