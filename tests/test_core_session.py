@@ -16,6 +16,7 @@ from relaymux.core.events import (
     StreamRefused,
     StreamReset,
 )
+from relaymux.core.handshake import Limits
 from relaymux.core.replay import HEAD_ROOM
 from relaymux.core.schedule import BULK_FRAME, SHARED_FRAME
 from relaymux.core.session import Session
@@ -34,7 +35,6 @@ from tests.wire import (
     RESET,
     STOP,
     Core,
-    Limits,
     frame,
     opening,
     u16,

@@ -220,11 +220,12 @@ class Link:
             return [HelloReceived(decode_hello(payload))]
         if kind == Kind.WELCOME and self.state is LinkState.WELCOME:
             return [WelcomeReceived(decode_welcome(payload))]
-        if kind == Kind.REJECT and self.session is None:
+        if kind == Kind.REJECT:
             code, version, text = decode_reject(payload)
             if code == ErrorCode.VERSION_UNSUPPORTED:
                 text = f"{text} (the peer speaks version {version})"
-            return [self._end(code, text, by_peer=True)]
+            # In answer to our WELCOME, the session it was to begin ends as well.
+            return [self._end(code, text, by_peer=True, session_over=self.session is not None)]
         if kind == Kind.RESUME and self.state is LinkState.HELLO:
             text = "this daemon keeps no sessions; begin a new one"
             return [self.reject(ErrorCode.UNKNOWN_SESSION, text)]
@@ -235,7 +236,8 @@ class Link:
             _number(frame)
             self._pong = payload  # only the latest is answered: a flood of them costs nothing
         elif kind == Kind.PONG:
-            if self._ping_sent is not None and _number(frame) == self._ping_number:
+            number = _number(frame)
+            if self._ping_sent is not None and number == self._ping_number:
                 self.round_trip = max(0.0, now - self._ping_sent)
                 self._ping_sent = None
         elif kind == Kind.BYE:
@@ -262,9 +264,8 @@ class Link:
         return encode(Kind.ACK, 0, OFFSET.pack(session.rx_next))
 
     def _fault(self, error: RemoteProtocolError) -> LinkEnded:
-        if self.session is None:
-            return self.reject(error.code, str(error))
-        return self.goodbye(error.code, str(error))
+        text = f"stream {error.stream_id}: {error.args[0]}" if error.stream_id else error.args[0]
+        return (self.reject if self.session is None else self.goodbye)(error.code, text)
 
     def _end(self, code: int, text: str, *, by_peer: bool = False, session_over: bool = False) -> LinkEnded:
         self.state = LinkState.ENDED
