@@ -115,8 +115,11 @@ class ExamplePairTests(SynchronousTestCase):
             self.in_thread(lambda: self.echo(listening))
             self.in_thread(lambda: self.send(connection, sent))
             received = read_all(connection)
-        digests = [hashlib.sha256(data).hexdigest() for data in (received, sent)]
-        self.assertEqual(*digests, f"seed {seed}, {len(received)} bytes of {SIZE}")
+        self.assertEqual(
+            hashlib.sha256(received).hexdigest(),
+            hashlib.sha256(sent).hexdigest(),
+            f"seed {seed}, {len(received)} bytes of {SIZE}",
+        )
         for daemon in reversed(daemons):
             self.assertEqual(daemon.stop(), 0, daemon.output())
             self.assertNotIn("Traceback", daemon.output())
