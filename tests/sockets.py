@@ -12,7 +12,7 @@ from typing import Any
 
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.interfaces import IHalfCloseableProtocol
-from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.protocol import ClientFactory, Factory, Protocol, connectionDone
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
@@ -117,6 +117,18 @@ class HalfCloser(Recorder):
         self.on_write_lost()
 
 
+class RecorderFactory(Factory):
+    """Makes recorders and keeps them."""
+
+    def __init__(self, kind: type[PlainRecorder] = Recorder) -> None:
+        self.kind = kind
+        self.made: list[Any] = []
+
+    def buildProtocol(self, addr: object) -> Any:
+        self.made.append(self.kind())
+        return self.made[-1]
+
+
 class Producer:
     """A streaming producer that records."""
 
@@ -158,6 +170,15 @@ class SocketTestCase(TestCase):
             if reactor.seconds() > end:
                 self.fail(f"waited {DEADLINE} s in vain until {what}")
             await deferLater(reactor, 0.002)
+
+    async def arrived(self, protocol: PlainRecorder, count: int) -> None:
+        """Wait until C{protocol} has received C{count} bytes."""
+        await self.until(lambda: len(protocol.received) >= count, f"{count} bytes arrived")
+
+    async def lost(self, protocol: PlainRecorder) -> BaseException:
+        """@return: why the connection of C{protocol} was lost, when it was."""
+        await self.until(lambda: protocol.reasons, "the connection was lost")
+        return protocol.reason
 
     async def turns(self, count: int = 10) -> None:
         """Let the reactor look at everything a few times: what is to happen at once has happened."""
@@ -237,3 +258,68 @@ def reset(peer: socket.socket) -> None:
     """Close a TCP socket with a reset."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.close()
+
+
+class Wire:
+    """
+    A TCP connection's way through somebody else's hands.
+
+    @ivar port: where to connect instead of to the target.
+    @ivar mangle: given what travels and whether it comes from the client;
+        returns what travels on.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.mangle: Callable[[bytes, bool], bytes] = lambda data, from_client: data
+        self._ends: list[Protocol] = []
+        server: Any = Factory()
+        server.buildProtocol = lambda _address: self._accepted(target)
+        self._listening = reactor.listenTCP(0, server, interface="127.0.0.1")
+        self.port: int = self._listening.getHost().port
+
+    def _accepted(self, target: int) -> Protocol:
+        near, far = _WireEnd(self, True), _WireEnd(self, False)
+        near.other, far.other = far, near
+        self._ends += [near, far]
+        client: Any = ClientFactory()
+        client.buildProtocol = lambda _address: far
+        near.on_made = lambda: reactor.connectTCP("127.0.0.1", target, client)
+        return near
+
+    def cut(self) -> None:
+        """End the connections, with a FIN to each side."""
+        for end in self._ends:
+            if end.transport is not None:
+                end.transport.loseConnection()
+
+    async def close(self) -> None:
+        """Stop, and wait for it."""
+        await self._listening.stopListening()
+        self.cut()
+
+
+class _WireEnd(Protocol):
+    other: _WireEnd
+    transport: Any = None
+    on_made: Callable[[], object] = staticmethod(lambda: None)
+
+    def __init__(self, wire: Wire, is_client_side: bool) -> None:
+        self._wire = wire
+        self._is_client_side = is_client_side
+        self._early = b""
+
+    def connectionMade(self) -> None:
+        self.on_made()
+        if not self._is_client_side:
+            self.transport.write(self.other._early)
+
+    def dataReceived(self, data: bytes) -> None:
+        data = self._wire.mangle(data, self._is_client_side)
+        if self.other.transport is None:
+            self._early += data
+        else:
+            self.other.transport.write(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self.other.transport is not None:
+            self.other.transport.loseConnection()

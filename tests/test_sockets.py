@@ -70,12 +70,6 @@ class Both(SocketTestCase):
         self.assertEqual(transport.fileno(), -1)
         self.assertEqual(transport.queuedBytes, 0)
 
-    async def lost(self, protocol: Any) -> BaseException:
-        """@return: why the connection of C{protocol} was lost, when it was."""
-        await self.until(lambda: protocol.reasons, "the connection was lost")
-        reason: BaseException = protocol.reason
-        return reason
-
 
 class DataTests:
     """Bytes in both directions, and who is paused when."""

@@ -64,7 +64,8 @@ class _Client:
         self._result.callback(protocol)
 
     def tls_failed(self, error: TransportError) -> None:
-        self._result.errback(Failure(error))
+        if not self._result.called:  # else it was cancelled
+            self._result.errback(Failure(error))
 
 
 def connect_tls(

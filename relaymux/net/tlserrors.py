@@ -12,7 +12,8 @@ from relaymux.errors import TransportError
 __all__ = ["handshake_error", "lost_error"]
 
 # Words of the alerts by which a peer says that it is our certificate it does not want.
-_ABOUT_CERTIFICATES = ("certificate", "unknown ca", "access denied")
+# The last is what OpenSSL sends when not it but its user did not like the name in it.
+_ABOUT_CERTIFICATES = ("certificate", "unknown ca", "access denied", "internal error")
 
 # What OpenSSL says when what it reads is no TLS, or an older one.
 _NO_TLS = (
@@ -25,19 +26,19 @@ _NO_TLS = (
 
 
 def _text(error: Exception) -> str:
-    """The last and most specific reason, e.g. C{"tlsv1 alert unknown ca"}."""
+    """All that OpenSSL says, e.g. C{"tlsv1 alert unknown ca"}."""
     if isinstance(error, SSL.ZeroReturnError):
         return "closed by the peer"
     reasons = error.args[0] if error.args else None
     if isinstance(reasons, list) and reasons:
-        return str(reasons[-1][-1])
+        return ", ".join(dict.fromkeys(str(reason[-1]) for reason in reasons))
     return str(error) or type(error).__name__
 
 
 def _refusal(text: str, peer: str, certificate: Path) -> TransportError | None:
     if "alert" in text and any(word in text for word in _ABOUT_CERTIFICATES):
         return TransportError(
-            f"{peer} does not accept the certificate in {certificate}: {text}; its log says why",
+            f"{peer} does not accept the certificate in {certificate} ({text}); its log says why",
             retry=False,
         )
     return None

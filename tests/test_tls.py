@@ -1,0 +1,338 @@
+"""TLS connections that are as they should be, and how they end."""
+
+from __future__ import annotations
+
+import os
+import random
+
+from OpenSSL import SSL
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IConsumer, IPushProducer, ITransport
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface.verify import verifyObject
+
+from relaymux.interfaces import IBufferTransport, IIdentifiedTransport
+from relaymux.net import tlsengine, tlssockets
+from relaymux.net.buffers import BufferPool
+from relaymux.net.tlsengine import Engine, FastEngine, make_engine
+from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
+from tests.tls import AUTHORITY, SERVER, TLSTestCase
+
+LARGE = content(6_000_000)
+
+
+class EstablishedTests(TLSTestCase):
+    """Connections that are as they should be."""
+
+    async def test_both_know_the_peer(self) -> None:
+        """Each end's transport has the checked name before the protocol is connected."""
+        seen = []
+        for factory in (self.client, self.server):
+            kind = type("Asking", (Recorder,), {})
+            kind.connectionMade = lambda self: seen.append(self.transport.peerIdentity)  # type: ignore[attr-defined]
+            factory.kind = kind
+        port = self.listen()
+        await self.connect(port)
+        await self.until(lambda: len(seen) == 2, "both were connected")
+        self.assertEqual(seen, ["dns:server.example", "dns:client.example"])
+
+    async def test_addresses_as_names(self) -> None:
+        """A certificate may be for an IP address, at both ends."""
+        host = AUTHORITY.issue("a host", ["127.0.0.1", "2001:db8::1"])
+        client = await self.connect(self.listen(host, "2001:DB8:0::1"), host, "127.0.0.1")
+        await self.until(lambda: self.server.made, "the server knew its peer")
+        self.assertEqual(client.transport.peerIdentity, "ip:127.0.0.1")
+        self.assertEqual(self.server.made[0].transport.peerIdentity, "ip:2001:db8::1")
+
+    async def test_intermediate_authority(self) -> None:
+        """The certificate file may hold a chain, of which the peer believes only the root."""
+        files = self.files(SERVER, "client.example")
+        files.write("host.pem", SERVER.certificate_pem + AUTHORITY.certificate_pem)
+        port = self.serve(files.identity())
+        await self.connect(port)
+
+    async def test_data_both_ways(self) -> None:
+        """Much in both directions at once arrives as sent, as buffers and as bytes, by each engine."""
+        back = content(len(LARGE), 7)
+        for kind in (Recorder, PlainRecorder):
+            for engine in (FastEngine, Engine):
+                self.patch(tlssockets, "make_engine", engine)
+                self.client = RecorderFactory(kind)
+                self.server = RecorderFactory(kind)
+                client, server = await self.pair()
+                self.assertIsInstance(client.transport._engine, engine)
+                view = memoryview(LARGE)
+                client.transport.write(b"")
+                client.transport.write(bytes(view[:5]))
+                client.transport.writeSequence([bytes(view[5:7]), bytes(view[7:2000])])
+                client.transport.writeBuffers([view[2000:2016], view[2016:400_000], view[400_000:400_016]])
+                client.transport.writeBuffers([view[400_016:]])
+                server.transport.writeBuffers([back[i : i + 100_000] for i in range(0, len(back), 100_000)])
+                await self.arrived(server, len(LARGE))
+                await self.arrived(client, len(LARGE))
+                self.assertEqual(server.received, LARGE)
+                self.assertEqual(client.received, back)
+                if kind is Recorder:
+                    self.assertEqual(client.written, len(LARGE))
+                self.assertEqual(client.transport.queuedBytes, 0)
+                await self.all_closed()
+
+    async def test_many_sizes(self) -> None:
+        """Small and large buffers in any mixture come out as one stream."""
+        client, server = await self.pair()
+        seed = int.from_bytes(os.urandom(4), "big")
+        rng = random.Random(seed)
+        view, sent = memoryview(LARGE), 0
+        while sent < len(view):
+            buffers = []
+            for _ in range(rng.randrange(1, 8)):
+                size = rng.choice((0, 1, 16, 2047, 2048, 2049, 16_384, 100_000, 300_000))
+                buffers.append(view[sent : sent + size])
+                sent += size
+            client.transport.writeBuffers(buffers)
+        await self.arrived(server, len(LARGE))
+        self.assertEqual(server.received, LARGE, f"seed {seed}")
+
+    async def test_pause(self) -> None:
+        """A paused protocol gets nothing more, not even what was decrypted with it; resuming brings it."""
+        client, server = await self.pair()
+        server.on_data = server.transport.pauseProducing
+        client.transport.writeBuffers([LARGE])
+        before = 0
+        while len(server.received) < len(LARGE):
+            await self.arrived(server, before + 1)
+            deliveries = server.deliveries
+            await self.turns(3)
+            self.assertEqual(server.deliveries, deliveries)
+            before = len(server.received)
+            server.transport.resumeProducing()
+        self.assertEqual(server.received, LARGE)
+
+    async def test_stalled_reader_holds_the_producer(self) -> None:
+        """A peer that does not read pauses our producer, and resumes it when it has read everything."""
+        client, server = await self.pair()
+        server.transport.pauseProducing()
+        producer = Producer()
+        client.transport.registerProducer(producer, True)
+        with self.assertRaises(RuntimeError):
+            client.transport.registerProducer(producer, True)
+        client.transport.writeBuffers([LARGE] * 3)
+        self.assertEqual(producer.calls, ["pause"])
+        await self.turns(20)
+        self.assertGreater(client.transport.queuedBytes, 0)
+        self.assertEqual(producer.calls, ["pause"])
+        server.transport.resumeProducing()
+        await self.until(lambda: producer.calls == ["pause", "resume"], "the producer was resumed")
+        await self.arrived(server, 3 * len(LARGE))
+        self.assertEqual(server.received, LARGE * 3)
+        client.transport.abortConnection()
+        await self.until(lambda: producer.calls[2:] == ["stop"], "the producer was stopped")
+        client.transport.registerProducer(late := Producer(), True)
+        self.assertEqual(late.calls, ["stop"])
+
+    async def test_pull_producer(self) -> None:
+        """A pull producer is asked until it is done, and only then the connection is closed."""
+        client, server = await self.pair()
+        left = [LARGE[i : i + 400_000] for i in range(0, len(LARGE), 400_000)]
+
+        class Pulled:
+            def resumeProducing(self) -> None:
+                client.transport.write(left.pop(0))
+                if not left:
+                    client.transport.unregisterProducer()
+
+            def stopProducing(self) -> None:
+                raise AssertionError("stopped before it was done")
+
+        client.transport.registerProducer(Pulled(), False)
+        client.transport.loseConnection()
+        self.patch(tlssockets, "CLOSE_SECONDS", DEADLINE)
+        self.assertIsInstance(await self.lost(server), ConnectionDone)
+        self.assertEqual(server.received, LARGE)
+
+    async def test_exporter(self) -> None:
+        """Both ends derive the same bytes from the connection, others for another label or connection."""
+        client, server = await self.pair()
+        ours = client.transport.exporter("EXPORTER-test", 32)
+        self.assertEqual(len(ours), 32)
+        self.assertEqual(ours, server.transport.exporter("EXPORTER-test", 32))
+        self.assertNotEqual(ours, client.transport.exporter("EXPORTER-other", 32))
+        other, _ = await self.pair()
+        self.assertNotEqual(ours, other.transport.exporter("EXPORTER-test", 32))
+
+    async def test_what_it_provides(self) -> None:
+        """It is a transport for bytes and for buffers whose peer is known, and it has no half-close."""
+        client, server = await self.pair()
+        for interface in (ITransport, IConsumer, IPushProducer, IBufferTransport, IIdentifiedTransport):
+            verifyObject(interface, client.transport)
+        self.assertEqual(client.transport.getHost(), server.transport.getPeer())
+        self.assertFalse(hasattr(client.transport, "loseWriteConnection"))
+        with self.assertRaises(TypeError):
+            client.transport.write("text")
+
+    async def test_renewed_certificate(self) -> None:
+        """A new certificate is used by the next connection; a broken one is not, and that is logged."""
+        files = self.files(SERVER, "client.example")
+        port = self.serve(files.identity())
+        renewed = AUTHORITY.issue("server.example")
+
+        async def serial() -> int:
+            protocol = await self.connect(port)
+            certificate = protocol.transport._engine.connection.get_peer_certificate()
+            number: int = certificate.to_cryptography().serial_number
+            return number
+
+        self.assertEqual(await serial(), SERVER.certificate.serial_number)
+        files.write("host.pem", b"rubbish")
+        self.assertEqual(await serial(), SERVER.certificate.serial_number)
+        self.assertIn("keeping the certificate read before", "".join(self.log))
+        files.write("host.pem", renewed.certificate_pem)
+        files.write("host.key", renewed.key_pem)
+        self.assertEqual(await serial(), renewed.certificate.serial_number)
+
+
+class EndTests(TLSTestCase):
+    """How TLS connections end."""
+
+    async def test_clean_end(self) -> None:
+        """All written before loseConnection arrives, and both ends know that it was all."""
+        client, server = await self.pair()
+        self.patch(tlssockets, "CLOSE_SECONDS", DEADLINE)
+        client.transport.writeBuffers([LARGE])
+        client.transport.loseConnection()
+        client.transport.loseConnection()
+        self.assertIsInstance(await self.lost(server), ConnectionDone)
+        self.assertIsInstance(await self.lost(client), ConnectionDone)
+        self.assertEqual(server.received, LARGE)
+
+    async def test_end_while_both_send(self) -> None:
+        """A peer that is still sending when we close gets all that we sent."""
+        client, server = await self.pair()
+        self.patch(tlssockets, "CLOSE_SECONDS", DEADLINE)
+        server.transport.writeBuffers([LARGE] * 3)
+        client.transport.writeBuffers([LARGE])
+        client.transport.loseConnection()
+        await self.lost(server)
+        self.assertEqual(server.received, LARGE)
+        self.assertIsInstance(await self.lost(client), ConnectionDone)
+
+    async def test_cut(self) -> None:
+        """An end of the TCP connection is no end of what was said in it."""
+        client, server = await self.pair(wire=True)
+        client.transport.write(b"and then he")
+        await self.until(lambda: server.received, "it arrived")
+        self.wire.cut()
+        for protocol in (client, server):
+            reason = await self.lost(protocol)
+            self.assertIsInstance(reason, ConnectionLost)
+            self.assertIn("incomplete", str(reason))
+
+    async def test_one_wrong_bit(self) -> None:
+        """A changed bit ends the connection with that reason, and nothing changed is delivered."""
+        client, server = await self.pair(wire=True)
+        passed = 0
+
+        def flip(data: bytes, from_client: bool) -> bytes:
+            nonlocal passed
+            if from_client and passed <= 1_000_000 < passed + len(data):
+                wrong = bytearray(data)
+                wrong[1_000_000 - passed] ^= 4
+                data = bytes(wrong)
+            passed += len(data) if from_client else 0
+            return data
+
+        self.wire.mangle = flip
+        client.transport.writeBuffers([LARGE])
+        reason = await self.lost(server)
+        self.assertIsInstance(reason, ConnectionLost)
+        self.assertIn("bad record mac", str(reason))
+        self.assertEqual(server.received, LARGE[: len(server.received)])
+        self.assertGreater(len(server.received), 900_000)
+        self.assertIsInstance(await self.lost(client), ConnectionLost)
+
+    async def test_peer_that_does_not_read(self) -> None:
+        """Closing takes no longer than its deadline, whatever the peer does."""
+        client, server = await self.pair()
+        server.transport.pauseProducing()
+        client.transport.writeBuffers([LARGE] * 3)
+        client.transport.loseConnection()
+        self.assertIsInstance(await self.lost(client), ConnectionAborted)
+        self.assertIn("does not read", "".join(self.log))
+        server.transport.resumeProducing()
+        self.assertIsInstance(await self.lost(server), ConnectionLost)
+
+    async def test_abort(self) -> None:
+        """An abort is told at both ends as what it is."""
+        client, server = await self.pair()
+        client.transport.writeBuffers([LARGE] * 3)
+        client.transport.abortConnection()
+        client.transport.write(b"dropped")
+        client.transport.loseConnection()
+        self.assertIsInstance(await self.lost(client), ConnectionAborted)
+        self.assertIsInstance(await self.lost(server), ConnectionLost)
+
+    async def test_closed_with_bytes_queued(self) -> None:
+        """A peer's orderly end that costs bytes of ours is told as a loss."""
+        client, server = await self.pair()
+        server.transport.pauseProducing()
+        client.transport.writeBuffers([LARGE] * 3)
+        await self.turns()
+        server.transport.loseConnection()
+        self.assertIsInstance(await self.lost(server), ConnectionDone)
+        self.assertIsInstance(await self.lost(client), ConnectionLost)
+
+    async def test_calls_from_inside(self) -> None:
+        """From every callback the protocol may close, abort, pause or write."""
+        for ending, expected in (("loseConnection", ConnectionDone), ("abortConnection", ConnectionAborted)):
+            for hook in ("on_made", "on_data", "on_written"):
+
+                class Acting(Recorder):
+                    def __init__(self, hook: str = hook, ending: str = ending) -> None:
+                        super().__init__()
+                        self._ending = ending
+                        setattr(self, hook, self.act)
+
+                    def act(self) -> None:
+                        self.on_written = lambda: None
+                        self.transport.write(b"from inside")
+                        self.transport.pauseProducing()
+                        getattr(self.transport, self._ending)()
+                        self.transport.resumeProducing()
+                        self.transport.write(b"ignored or sent, but no error")
+
+                self.server, self.client = RecorderFactory(Acting), RecorderFactory()
+                client, server = await self.pair()
+                client.transport.write(b"hello")
+                if hook == "on_written" and server.transport.connected:
+                    server.transport.write(b"x")
+                self.assertIsInstance(await self.lost(server), expected, f"{ending} in {hook}")
+                await self.lost(client)
+
+    async def test_exception_of_the_protocol(self) -> None:
+        """A protocol that raises loses its connection for that reason, also when resumed."""
+        client, server = await self.pair()
+
+        def fail() -> None:
+            raise RuntimeError("bug")
+
+        def pause() -> None:
+            server.transport.pauseProducing()
+            server.on_data = fail
+
+        server.on_data = pause
+        client.transport.writeBuffers([LARGE])
+        await self.until(lambda: server.deliveries, "the first bytes arrived")
+        server.transport.resumeProducing()
+        self.assertIsInstance(await self.lost(server), RuntimeError)
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+
+
+class EngineTests(SynchronousTestCase):
+    """The choice of how OpenSSL is called."""
+
+    def test_choice(self) -> None:
+        """Without the bindings it uses, the fast engine is not chosen."""
+        connection = SSL.Connection(SSL.Context(SSL.TLS_METHOD), None)
+        self.assertIs(type(make_engine(connection, BufferPool())), FastEngine)
+        self.patch(tlsengine, "_BINDINGS", (*tlsengine._BINDINGS, "SSL_of_the_future"))
+        self.assertIs(type(make_engine(connection, BufferPool())), Engine)
