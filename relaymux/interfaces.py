@@ -18,6 +18,7 @@ __all__ = [
     "Buffer",
     "IBufferReceiver",
     "IBufferTransport",
+    "IExportingTransport",
     "IHalfReadTransport",
     "IIdentifiedTransport",
     "IRelayTransport",
@@ -93,6 +94,13 @@ class IIdentifiedTransport(Interface):
         C{connectionMade}.
         """
     )
+
+
+class IExportingTransport(Interface):
+    """A connected transport that can tie something to this very connection."""
+
+    def exporter(label: str, length: int) -> bytes:
+        """@return: C{length} bytes that only the two ends of this connection know (RFC 8446, 7.5)."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relaymux.core.handshake import Hello, Welcome
+from relaymux.core.resume import Resume
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,20 @@ class WelcomeReceived:
 
 
 @dataclass(frozen=True)
+class ResumeReceived:
+    """A dialling peer wants to go on with a session; answer with C{Link.resumed} or C{Link.reject}."""
+
+    resume: Resume
+
+
+@dataclass(frozen=True)
+class ResumedReceived:
+    """The accepting peer agrees: C{Link.attach} the session, or C{Link.reject}."""
+
+    resume: Resume
+
+
+@dataclass(frozen=True)
 class LinkEnded:
     """
     The link is over: close its connection when what is queued has been sent.
@@ -148,5 +163,7 @@ Event = (
     | GoawayReceived
     | HelloReceived
     | WelcomeReceived
+    | ResumeReceived
+    | ResumedReceived
     | LinkEnded
 )

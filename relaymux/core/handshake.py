@@ -107,14 +107,14 @@ class Welcome(Hello):
 
 def decode_hello(payload: bytes) -> Hello:
     """@raise RemoteProtocolError: no relaymux, another version, or malformed."""
-    _check_prefix(payload)
+    check_prefix(payload)
     name, instance, limits, extensions = _unpack_terms(payload[_PREFIX.size :], "HELLO")
     return Hello(name, instance, limits, extensions)
 
 
 def decode_welcome(payload: bytes) -> Welcome:
     """@raise RemoteProtocolError: no relaymux, another version, or malformed."""
-    _check_prefix(payload)
+    check_prefix(payload)
     rest = payload[_PREFIX.size :]
     if len(rest) < _IDS.size:
         raise _malformed("WELCOME")
@@ -226,7 +226,8 @@ def _unpack_terms(data: bytes, frame: str) -> tuple[str, bytes, Limits, dict[int
     return name, instance, limits, decode_extensions(data[name_end:], frame)
 
 
-def _check_prefix(payload: bytes) -> None:
+def check_prefix(payload: bytes) -> None:
+    """@raise RemoteProtocolError: the payload is no relaymux's, or of another version."""
     if len(payload) < _PREFIX.size or not payload.startswith(MAGIC):
         raise RemoteProtocolError(ErrorCode.PROTOCOL_ERROR, "the peer does not speak relaymux's protocol")
     version = _PREFIX.unpack_from(payload)[1]

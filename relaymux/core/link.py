@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from struct import Struct
 
-from relaymux.core.events import Event, HelloReceived, LinkEnded, WelcomeReceived
+from relaymux.core.events import (
+    Event,
+    HelloReceived,
+    LinkEnded,
+    ResumedReceived,
+    ResumeReceived,
+    WelcomeReceived,
+)
 from relaymux.core.frames import FIRST_SEQUENCED, Buffer, Frame, FrameDecoder, Kind, encode
 from relaymux.core.handshake import (
     Hello,
@@ -28,6 +35,7 @@ from relaymux.core.handshake import (
     encode_coded_text,
     encode_reject,
 )
+from relaymux.core.resume import decode_resume
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
 
@@ -51,6 +59,7 @@ class LinkState(Enum):
     HELLO = "waiting for HELLO"
     DECISION = "waiting for this side's decision"
     WELCOME = "waiting for WELCOME"
+    RESUMED = "waiting for RESUMED"
     OPEN = "open"
     ENDED = "ended"
 
@@ -64,12 +73,16 @@ class Link:
     @ivar round_trip: seconds that the last PING took; 0 before the first.
     """
 
-    def __init__(self, *, local: Limits, now: float, hello: Hello | None = None) -> None:
+    def __init__(
+        self, *, local: Limits, now: float, hello: Hello | None = None, resume: bytes | None = None
+    ) -> None:
         """
         @param local: what this side accepts.
-        @param hello: what a dialling side says first; L{None} on the accepting side.
+        @param hello: what a dialling side says first, to begin a session;
+        @param resume: or, to go on with one: the payload of RESUME.  Neither on
+            the accepting side.
         """
-        self.state = LinkState.WELCOME if hello else LinkState.HELLO
+        self.state = LinkState.HELLO
         self.session: Session | None = None
         self.round_trip = 0.0
         self._decoder = FrameDecoder(local.max_payload)
@@ -83,8 +96,12 @@ class Link:
         self._ping_number = 0
         self._pong: bytes | None = None
         self._ack_at: float | None = None
-        if hello:
+        if hello is not None:
+            self.state = LinkState.WELCOME
             self._out.append(encode(Kind.HELLO, 0, hello.encode()))
+        elif resume is not None:
+            self.state = LinkState.RESUMED
+            self._out.append(encode(Kind.RESUME, 0, resume))
 
     @property
     def ended(self) -> bool:
@@ -99,9 +116,21 @@ class Link:
             raise LocalError(f"welcome while {self.state.value}")
         self._out.append(encode(Kind.WELCOME, 0, welcome.encode()))
 
+    def resumed(self, payload: bytes) -> None:
+        """Agree to the RESUME that was reported; L{attach} its session next."""
+        if self.state is not LinkState.DECISION:
+            raise LocalError(f"resumed while {self.state.value}")
+        self._out.append(encode(Kind.RESUMED, 0, payload))
+
+    def detach(self) -> None:
+        """End at once and say nothing: another link carries the session now, or will."""
+        self.state = LinkState.ENDED
+        self.session = None
+        self._out.clear()
+
     def attach(self, session: Session, remote: Limits, now: float) -> None:
         """Carry C{session} from now on."""
-        if self.state not in (LinkState.DECISION, LinkState.WELCOME):
+        if self.state not in (LinkState.DECISION, LinkState.WELCOME, LinkState.RESUMED):
             raise LocalError(f"attach while {self.state.value}")
         self.state = LinkState.OPEN
         self.session = session
@@ -227,8 +256,10 @@ class Link:
             # In answer to our WELCOME, the session it was to begin ends as well.
             return [self._end(code, text, by_peer=True, session_over=self.session is not None)]
         if kind == Kind.RESUME and self.state is LinkState.HELLO:
-            text = "this daemon keeps no sessions; begin a new one"
-            return [self.reject(ErrorCode.UNKNOWN_SESSION, text)]
+            self.state = LinkState.DECISION
+            return [ResumeReceived(decode_resume(payload))]
+        if kind == Kind.RESUMED and self.state is LinkState.RESUMED:
+            return [ResumedReceived(decode_resume(payload))]
         session = self._open_session(frame)
         if kind == Kind.ACK:
             session.acknowledge(_number(frame))

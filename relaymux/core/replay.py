@@ -79,6 +79,10 @@ class ReplayBuffer:
             raise RemoteProtocolError(ErrorCode.ACK_ERROR, f"acknowledged {offset}, which is inside a frame")
         return True
 
+    def can_continue_at(self, offset: int) -> bool:
+        """Whether C{offset} is one at which sending can go on: on a frame boundary, still held here."""
+        return offset == self.acknowledged or any(end == offset for end, _ in self._frames)
+
     def unacknowledged(self) -> Iterator[Sequence[Buffer]]:
         """@return: the frames that are held, oldest first."""
         return (buffers for _, buffers in self._frames)

@@ -13,7 +13,7 @@ they can be sent; the other control frames are at most four per open stream.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from struct import Struct
 
 from relaymux.core.events import (
@@ -90,6 +90,7 @@ class Session:
         self._opened_here = 0
         self._opened_by_peer = 0
         self._forgotten_unsaid = 0  # of the peer's streams, whose last frame is in _control
+        self._again: deque[Sequence[Buffer]] = deque()  # of the replay buffer, hence bounded by it
         self.replay = ReplayBuffer(local.replay)
         self.rx_next = 0
         self.rx_acknowledged = 0
@@ -263,6 +264,19 @@ class Session:
 
     # Towards the link.
 
+    def resume(self, offset: int) -> int:
+        """
+        Go on over a new link.
+
+        @param offset: what the peer has; C{replay.can_continue_at} was asked.
+        @return: bytes that will be sent again.
+        """
+        self.replay.acknowledge(offset)
+        self._again = deque(self.replay.unacknowledged())
+        # RESUME and RESUMED say what this side has, as an ACK would.
+        self.rx_acknowledged = self.rx_next
+        return self.replay.held_bytes
+
     def data_to_send(self, limit: int) -> list[Buffer]:
         """
         Make frames.
@@ -270,6 +284,8 @@ class Session:
         @param limit: stop after about this many bytes; control frames always go.
         @return: buffers to be sent in this order; empty if there is nothing.
         """
+        if self._again:
+            return self._send_again(limit)
         out: list[Buffer] = []
         while self._control and not self.replay.full:
             self._emit(out, self._control.popleft())
@@ -287,6 +303,16 @@ class Session:
             if room <= 0:
                 break
             size += self._send_turn(out, room)
+        return out
+
+    def _send_again(self, limit: int) -> list[Buffer]:
+        """Repeat what the peer does not have: in order, and before anything new."""
+        out: list[Buffer] = []
+        size = 0
+        while self._again and size < limit:
+            frame = self._again.popleft()
+            out += frame
+            size += sum(map(len, frame))
         return out
 
     def _send_turn(self, out: list[Buffer], room: int) -> int:

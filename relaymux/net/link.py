@@ -26,7 +26,13 @@ from zope.interface import implementer
 from relaymux.core.events import Event, LinkEnded
 from relaymux.core.frames import Buffer
 from relaymux.core.link import Link
-from relaymux.interfaces import IBufferReceiver, IBufferTransport, IIdentifiedTransport
+from relaymux.core.resume import EXPORTER_BYTES, EXPORTER_LABEL
+from relaymux.interfaces import (
+    IBufferReceiver,
+    IBufferTransport,
+    IExportingTransport,
+    IIdentifiedTransport,
+)
 
 __all__ = ["LinkOwner", "LinkProtocol"]
 
@@ -57,17 +63,21 @@ class LinkProtocol(Protocol):
     One link's connection.
 
     @ivar link: the state machine, owned by this protocol; made with the connection.
-    @ivar generation: a number that rises with every link of its owner, for logs.
+    @ivar number: rises with every connection of its owner, for logs.
     """
 
     transport: Any  # ITransport and IConsumer, which Twisted has no one interface for
     link: Link
 
     def __init__(
-        self, reactor: IReactorTime, make_link: Callable[[], Link], owner: LinkOwner, generation: int
+        self,
+        reactor: IReactorTime,
+        make_link: Callable[[LinkProtocol], Link],
+        owner: LinkOwner,
+        number: int,
     ) -> None:
         """@param make_link: called when the connection is usable: the handshake's time begins."""
-        self.generation = generation
+        self.number = number
         self._make_link = make_link
         self._reactor = reactor
         self._owner = owner
@@ -87,10 +97,18 @@ class LinkProtocol(Protocol):
         transport = self.transport
         return str(transport.peerIdentity) if IIdentifiedTransport.providedBy(transport) else ""
 
+    @property
+    def exporter(self) -> bytes:
+        """What ties a proof to this very connection; empty where the transport has nothing of the kind."""
+        transport = self.transport
+        if not IExportingTransport.providedBy(transport):
+            return b""
+        return bytes(transport.exporter(EXPORTER_LABEL, EXPORTER_BYTES))
+
     # IProtocol
 
     def connectionMade(self) -> None:
-        self.link = self._make_link()
+        self.link = self._make_link(self)
         if IBufferTransport.providedBy(self.transport):
             self._buffer_transport = self.transport
         self.transport.registerProducer(self, True)
