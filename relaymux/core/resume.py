@@ -74,9 +74,10 @@ class Resume:
         """Whether C{role} of the ticket's session sent this on the link with this C{exporter} value."""
         expected = _prove(ticket, role, self.signed, exporter)
         named = (self.session_id, self.dialer, self.acceptor)
-        return (
-            hmac.compare_digest(expected, self.proof)
-            and named == (ticket.session_id, ticket.dialer, ticket.acceptor)
+        return hmac.compare_digest(expected, self.proof) and named == (
+            ticket.session_id,
+            ticket.dialer,
+            ticket.acceptor,
         )
 
 

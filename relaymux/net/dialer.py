@@ -115,13 +115,13 @@ class Dialer:
         self._delay = FIRST_DELAY
         self._said = ""
 
-    def link_down(self, link: LinkProtocol, code: int, text: str, *, was_up: bool) -> None:
+    def link_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
         """See L{LinkListener.link_down}."""
         if not self._running:
             return
         permanent = code in PERMANENT_CODES
-        if was_up:
-            self._wait(self._delay)
+        if again:
+            self._wait(FIRST_DELAY)
         else:
             self._say(text, permanent=permanent)
             self._again(permanent=permanent)

@@ -82,6 +82,4 @@ class HeldSession:
         self.timer = None
 
     def _encode(self, role: Role, exporter: bytes) -> bytes:
-        return encode_resume(
-            self._ticket, role, self.generation, self.streams.session.rx_next, exporter
-        )
+        return encode_resume(self._ticket, role, self.generation, self.streams.session.rx_next, exporter)

@@ -5,14 +5,17 @@ Everything that outlives a single connection meets here.  A L{Peer} makes the
 protocol for each new link, decides about the handshake, and opens streams for
 whoever asks, waiting for a link if there is none.
 
-One session at a time.  It ends with its link, and all its streams with it: as
-errors, on both sides, so that nobody takes a cut stream for a finished one.
+One session at a time, and at most one link of it.  A session without a link is
+held for the resume window: its streams stay open and notice nothing but that
+nobody takes their bytes.  A new link takes it on where the old one broke off.
+Only a goodbye, a protocol error, another process at the other end, or time ends
+a session; then all its streams end as errors, on both sides, so that nobody
+takes a cut stream for a finished one.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from dataclasses import dataclass
 from typing import Protocol as Contract
 
@@ -21,23 +24,37 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from relaymux.core.events import Event, GoawayReceived, HelloReceived, LinkEnded, WelcomeReceived
+from relaymux.core.events import (
+    Event,
+    GoawayReceived,
+    HelloReceived,
+    LinkEnded,
+    ResumedReceived,
+    ResumeReceived,
+    WelcomeReceived,
+)
 from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import Link
+from relaymux.core.resume import Resume, Ticket
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset, describe_code
+from relaymux.net.held import HeldSession
 from relaymux.net.link import LinkProtocol
+from relaymux.net.opening import WaitingRoom
 from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import OpenRequest, Service, SessionStreams
 
 __all__ = ["Identity", "LinkListener", "Peer"]
 
-#: Local connections that wait for a link, per peer.  Each holds one descriptor and
-#: is closed after its open timeout; more than this is refused at once.
-MAX_WAITING = 1024
+#: Seconds that the accepting side holds a session beyond the window, so that the
+#: dialling side, which knows whether it is still trying, is the one to give up.
+ACCEPTOR_GRACE = 5.0
 
 #: Seconds between two looks at whether everything was delivered, while draining.
 DRAIN_INTERVAL = 0.05
+
+#: Refusals of a RESUME after which the session cannot go on.
+_SESSION_GONE = frozenset({ErrorCode.UNKNOWN_SESSION, ErrorCode.OFFSET_MISMATCH})
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,13 @@ class LinkListener(Contract):
     def link_up(self, link: LinkProtocol) -> None:
         """The handshake is done."""
 
-    def link_down(self, link: LinkProtocol, code: int, text: str, *, was_up: bool) -> None:
-        """The link is over, or never came up; once for each link."""
+    def link_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
+        """
+        The link is over, or never came up; once for each link.
+
+        @param again: whether to dial again at once: it was up, or the peer told
+            us to begin anew.
+        """
 
 
 class Peer:
@@ -88,24 +110,28 @@ class Peer:
         self._identity = identity
         self._limits = limits
         self._dialing = dialing
-        self._generation = 0
+        self._number = 0
         self._link: LinkProtocol | None = None
-        self._streams: SessionStreams | None = None
-        self._remote_instance = b""
+        self._held: HeldSession | None = None
         self._services: dict[str, Service] = {}
-        self._waiting: deque[OpenRequest] = deque()  # at most MAX_WAITING; empty with a session
+        self._waiting = WaitingRoom(name)  # empty with a session
         self._draining = False
 
     # Links
 
     def build_link(self) -> LinkProtocol:
         """@return: the protocol for a new connection to this peer."""
-        self._generation += 1
-        return LinkProtocol(self._reactor, self._make_link, self, self._generation)
+        self._number += 1
+        return LinkProtocol(self._reactor, self._make_link, self, self._number)
 
-    def _make_link(self) -> Link:
-        hello = Hello(self._identity.name, self._identity.instance, self._limits) if self._dialing else None
-        return Link(local=self._limits, now=self._reactor.seconds(), hello=hello)
+    def _make_link(self, protocol: LinkProtocol) -> Link:
+        now = self._reactor.seconds()
+        if not self._dialing:
+            return Link(local=self._limits, now=now)
+        if self._held is not None:
+            return Link(local=self._limits, now=now, resume=self._held.ask(protocol.exporter))
+        hello = Hello(self._identity.name, self._identity.instance, self._limits)
+        return Link(local=self._limits, now=now, hello=hello)
 
     @property
     def is_up(self) -> bool:
@@ -113,9 +139,19 @@ class Peer:
         return self._link is not None
 
     @property
+    def has_session(self) -> bool:
+        """Whether there is a session, with a link or waiting for one."""
+        return self._held is not None
+
+    @property
     def open_streams(self) -> int:
         """Streams that are not over."""
-        return len(self._streams) if self._streams is not None else 0
+        return len(self._held.streams) if self._held is not None else 0
+
+    def flush(self) -> None:
+        """Send what was said, as far as there is a link and it takes it."""
+        if self._link is not None:
+            self._link.flush()
 
     def link_event(self, link: LinkProtocol, event: Event) -> None:
         """See L{LinkOwner.link_event}."""
@@ -123,108 +159,225 @@ class Peer:
             self._on_hello(link, event.hello)
         elif isinstance(event, WelcomeReceived):
             self._on_welcome(link, event.welcome)
+        elif isinstance(event, ResumeReceived):
+            self._on_resume(link, event.resume)
+        elif isinstance(event, ResumedReceived):
+            self._on_resumed(link, event.resume)
         elif isinstance(event, LinkEnded):
-            who = "the peer says" if event.by_peer else "this side says"
-            self._link_over(link, event.code, f"{who} {describe_code(event.code)}: {event.text}")
+            self._on_ended(link, event)
         elif isinstance(event, GoawayReceived):
             self._log.info(
                 "link {peer}: the peer takes no new streams: {text}", peer=self.name, text=event.text
             )
-        elif link is self._link and self._streams is not None:
-            self._streams.handle((event,))
+        elif link is self._link and self._held is not None:
+            self._held.streams.handle((event,))
 
     def link_flushed(self, link: LinkProtocol) -> None:
         """See L{LinkOwner.link_flushed}."""
-        if link is self._link and self._streams is not None:
-            self._streams.drained()
+        if link is self._link and self._held is not None:
+            self._held.streams.drained()
 
     def link_lost(self, link: LinkProtocol, reason: Failure) -> None:
         """See L{LinkOwner.link_lost}."""
-        if not link.link.ended:
-            self._link_over(link, ErrorCode.NO_ERROR, f"connection lost: {reason.getErrorMessage()}")
+        if link.link.ended:
+            return  # that was told already
+        link.link.detach()
+        self._link_down(link, ErrorCode.NO_ERROR, f"connection lost: {reason.getErrorMessage()}")
+
+    # The handshake: accepting
 
     def _on_hello(self, link: LinkProtocol, hello: Hello) -> None:
         if self._draining:
             link.end(link.link.reject(ErrorCode.SHUTTING_DOWN, "shutting down"))
             return
-        if self._link is not None:
-            if hello.name != self.daemon:
-                self._log.warn(
-                    "link {peer}: refused daemon {daemon}, as daemon {current} is connected;"
-                    " give each a [link] section of its own",
-                    peer=self.name,
-                    daemon=hello.name,
-                    current=self.daemon,
-                )
-                link.end(link.link.reject(ErrorCode.BUSY, f"daemon {self.daemon} is connected already"))
-                return
-            self._replace_link(self._link, hello)
-        link.link.welcome(
-            Welcome(
-                self._identity.name,
-                self._identity.instance,
-                self._limits,
-                session_id=os.urandom(16),
-                resume_key=os.urandom(32),
+        if self._held is not None and hello.name != self.daemon:
+            self._log.warn(
+                "link {peer}: refused daemon {daemon}, as daemon {current} has the session;"
+                " give each a [link] section of its own",
+                peer=self.name,
+                daemon=hello.name,
+                current=self.daemon,
             )
+            link.end(link.link.reject(ErrorCode.BUSY, f"daemon {self.daemon} is connected already"))
+            return
+        if self._held is not None:
+            self._replace_session(self._held, hello)
+        welcome = Welcome(
+            self._identity.name,
+            self._identity.instance,
+            self._limits,
+            session_id=os.urandom(16),
+            resume_key=os.urandom(32),
         )
-        self._begin_session(link, hello)
+        link.link.welcome(welcome)
+        ticket = Ticket(welcome.session_id, welcome.resume_key, hello.instance, self._identity.instance)
+        self._begin_session(link, hello, ticket)
 
-    def _replace_link(self, old: LinkProtocol, hello: Hello) -> None:
-        """The dialling daemon is here again: it has given up the old link, or was restarted."""
-        if hello.instance == self._remote_instance:
-            old.end(old.link.goodbye(ErrorCode.LINK_REPLACED, "the peer has dialled again"))
+    def _replace_session(self, held: HeldSession, hello: Hello) -> None:
+        """The dialling daemon begins anew: it has given up the session, or was restarted."""
+        if hello.instance == held.remote.instance:
+            code, text = ErrorCode.LINK_REPLACED, "the peer began another session"
         else:
-            old.end(old.link.goodbye(ErrorCode.PEER_RESTARTED, "the peer was restarted"))
+            code, text = ErrorCode.PEER_RESTARTED, f"daemon {hello.name} was restarted"
+        if self._link is not None:
+            self._link.end(self._link.link.goodbye(code, text))
+        else:
+            self._end_session(held, code, text)
+
+    def _on_resume(self, link: LinkProtocol, resume: Resume) -> None:
+        held = self._held
+        if held is None:
+            # The same words as for a wrong proof: they tell a stranger nothing.
+            link.end(
+                link.link.reject(ErrorCode.UNKNOWN_SESSION, "there is no such session here; begin a new one")
+            )
+            return
+        refusal = held.refusal(resume, link.peer_identity, link.exporter)
+        if refusal is not None:
+            link.end(link.link.reject(*refusal))
+            if refusal[0] == ErrorCode.OFFSET_MISMATCH:
+                self._drop_link()
+                self._end_session(held, *refusal)
+            return
+        self._drop_link()
+        payload, again = held.agree(resume, link.exporter)
+        link.link.resumed(payload)
+        self._resumed(link, held, again)
+
+    # The handshake: dialling
 
     def _on_welcome(self, link: LinkProtocol, welcome: Welcome) -> None:
         if self._draining:
             link.end(link.link.goodbye(ErrorCode.SHUTTING_DOWN, "shutting down"))
-        else:
-            self._begin_session(link, welcome)
+            return
+        ticket = Ticket(welcome.session_id, welcome.resume_key, self._identity.instance, welcome.instance)
+        self._begin_session(link, welcome, ticket)
 
-    def _begin_session(self, link: LinkProtocol, remote: Hello) -> None:
+    def _on_resumed(self, link: LinkProtocol, resume: Resume) -> None:
+        held = self._held
+        if held is None or not held.is_answered_by(resume, link.exporter):
+            text = "the answer to RESUME is not the other daemon's"
+            link.end(link.link.reject(ErrorCode.PROTOCOL_ERROR, text))
+        elif not held.streams.session.replay.can_continue_at(resume.rx_next):
+            text = f"sending cannot go on at offset {resume.rx_next}"
+            link.end(link.link.reject(ErrorCode.OFFSET_MISMATCH, text))
+            self._end_session(held, ErrorCode.OFFSET_MISMATCH, text)
+        else:
+            self._resumed(link, held, held.streams.session.resume(resume.rx_next))
+
+    # Sessions
+
+    def _begin_session(self, link: LinkProtocol, remote: Hello, ticket: Ticket) -> None:
         session = Session(dialing=self._dialing, local=self._limits, remote=remote.limits)
-        link.link.attach(session, remote.limits, self._reactor.seconds())
-        self._link = link
-        self._streams = SessionStreams(session, self.name, self._services, link.flush)
+        streams = SessionStreams(session, self.name, self._services, self.flush)
+        window = min(self._limits.resume_window, remote.limits.resume_window)
+        held = HeldSession(ticket, remote, streams, link.peer_identity, window)
+        self._held = held
         self.daemon = remote.name
-        self._remote_instance = remote.instance
         self._log.info(
-            "link {peer}: up, daemon {daemon}{identity}, generation {generation}",
+            "link {peer}: up, daemon {daemon}{identity}, connection {number}",
             peer=self.name,
             daemon=remote.name,
             identity=f" ({link.peer_identity})" if link.peer_identity else "",
-            generation=link.generation,
+            number=link.number,
         )
+        self._attach(link, held)
+
+    def _resumed(self, link: LinkProtocol, held: HeldSession, again: int) -> None:
+        away = self._reactor.seconds() - held.lost_at if held.lost_at is not None else 0.0
+        self._log.info(
+            "link {peer}: resumed after {seconds:.1f} s, connection {number}, generation {generation};"
+            " {streams} streams go on, {again} bytes sent again, 0 lost",
+            peer=self.name,
+            seconds=away,
+            number=link.number,
+            generation=held.generation,
+            streams=len(held.streams),
+            again=again,
+        )
+        self._attach(link, held)
+
+    def _attach(self, link: LinkProtocol, held: HeldSession) -> None:
+        held.stop_timer()
+        held.lost_at = None
+        self._link = link
+        link.link.attach(held.streams.session, held.remote.limits, self._reactor.seconds())
         if self.listener is not None:
             self.listener.link_up(link)
-        while self._waiting:
-            self._streams.open(self._waiting.popleft())
+        self._waiting.open_all(held.streams)
         link.flush()
 
-    def _link_over(self, link: LinkProtocol, code: int, text: str) -> None:
-        streams = self._streams
-        was_up = link is self._link and streams is not None
-        if was_up:
-            assert streams is not None
-            open_streams = len(streams)
-            lost = sum(count for _, count in streams.session.undelivered())
-            log = self._log.warn if open_streams else self._log.info
-            log(
-                "link {peer}: down, generation {generation}: {text};"
-                " {streams} streams ended with it, {lost} bytes from here not delivered",
-                peer=self.name,
-                generation=link.generation,
-                text=text,
-                streams=open_streams,
-                lost=lost,
-            )
-            self._link = self._streams = None
-            self.undelivered += lost + streams.undelivered
-            streams.fail_all(SessionLost(f"link {self.name}: {text}", code))
+    def _drop_link(self) -> None:
+        """The peer is on another link now: what the old one still brings is void."""
+        old, self._link = self._link, None
+        if old is not None and self._held is not None:
+            self._held.lost_at = self._reactor.seconds()
+            old.link.detach()
+            old.abort()
+
+    def _on_ended(self, link: LinkProtocol, event: LinkEnded) -> None:
+        who = "the peer says" if event.by_peer else "this side says"
+        text = f"{who} {describe_code(event.code)}: {event.text}"
+        held = self._held
+        if link is self._link and event.session_over and held is not None:
+            self._link = None
+            self._end_session(held, event.code, text)
+            self._tell_down(link, event.code, text, again=True)
+        elif link is not self._link and held is not None and event.by_peer and event.code in _SESSION_GONE:
+            self._end_session(held, event.code, text)
+            self._tell_down(link, event.code, text, again=True)
+        else:
+            self._link_down(link, event.code, text)
+
+    def _link_down(self, link: LinkProtocol, code: int, text: str) -> None:
+        """A link is over, and the session, if it carried one, need not be."""
+        was_up, held = link is self._link, self._held
+        if was_up and held is not None:
+            self._link = None
+            if held.window:
+                self._hold(held, text)
+            else:
+                self._end_session(held, code, text)
+        self._tell_down(link, code, text, again=was_up)
+
+    def _tell_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
         if self.listener is not None:
-            self.listener.link_down(link, code, text, was_up=was_up)
+            self.listener.link_down(link, code, text, again=again)
+
+    def _hold(self, held: HeldSession, text: str) -> None:
+        seconds = held.window + (0.0 if self._dialing else ACCEPTOR_GRACE)
+        held.lost_at = self._reactor.seconds()
+        held.timer = self._reactor.callLater(seconds, self._expired, held, seconds)
+        session = held.streams.session
+        self._log.warn(
+            "link {peer}: down: {text}; {streams} streams wait for the next connection, up to {seconds:g} s,"
+            " {held} bytes from here not acknowledged",
+            peer=self.name,
+            text=text,
+            streams=len(held.streams),
+            seconds=seconds,
+            held=session.replay.held_bytes,
+        )
+
+    def _expired(self, held: HeldSession, seconds: float) -> None:
+        self._end_session(held, ErrorCode.SESSION_EXPIRED, f"no connection for {seconds:g} s")
+
+    def _end_session(self, held: HeldSession, code: int, text: str) -> None:
+        held.stop_timer()
+        self._held = None
+        streams = held.streams
+        lost = sum(count for _, count in streams.session.undelivered())
+        self.undelivered += lost + streams.undelivered
+        log = self._log.warn if len(streams) else self._log.info
+        log(
+            "link {peer}: session over: {text};"
+            " {streams} streams ended with it, {lost} bytes from here not delivered",
+            peer=self.name,
+            text=text,
+            streams=len(streams),
+            lost=lost,
+        )
+        streams.fail_all(SessionLost(f"link {self.name}: {text}", code))
 
     # Streams
 
@@ -252,20 +405,19 @@ class Peer:
         request = OpenRequest(service, self._waiting.remove)
         if self._draining:
             request.fail(LocalError("this daemon is shutting down"))
-        elif self._streams is not None:
-            request.timer = self._reactor.callLater(seconds, self._too_late, request, seconds)
-            self._streams.open(request)
-            self._streams.flush()
-        elif len(self._waiting) >= MAX_WAITING:
-            request.fail(LocalError(f"{MAX_WAITING} connections wait for link {self.name} already"))
+            return request.result
+        request.timer = self._reactor.callLater(seconds, self._too_late, request, seconds)
+        if self._held is not None:
+            self._held.streams.open(request)
+            self.flush()
         else:
-            request.timer = self._reactor.callLater(seconds, self._too_late, request, seconds)
-            self._waiting.append(request)
+            self._waiting.add(request)
         return request.result
 
     def _too_late(self, request: OpenRequest, seconds: float) -> None:
         if request.stream is None:
             self._waiting.remove(request)
+        if self._link is None:
             text = f"link {self.name} was not up within {seconds:g} s"
         else:
             text = f"no answer from daemon {self.daemon} within {seconds:g} s"
@@ -284,26 +436,27 @@ class Peer:
             local producers and not delivered.
         """
         self._draining = True
-        while self._waiting:
-            self._waiting.popleft().fail(LocalError("this daemon is shutting down"))
-        if self._streams is None:
+        self._waiting.fail_all(LocalError("this daemon is shutting down"))
+        if self._held is None:
             return succeed(0)
-        self._streams.session.goaway(
-            ErrorCode.SHUTTING_DOWN, f"daemon {self._identity.name} is shutting down"
-        )
-        self._streams.flush()
-        before = self.undelivered + self._streams.undelivered
+        streams = self._held.streams
+        streams.session.goaway(ErrorCode.SHUTTING_DOWN, f"daemon {self._identity.name} is shutting down")
+        self.flush()
+        before = self.undelivered + streams.undelivered
         done: Deferred[int] = Deferred()
         self._drain_step(done, before, self._reactor.seconds() + seconds)
         return done
 
     def _drain_step(self, done: Deferred[int], before: int, until: float) -> None:
-        link, streams = self._link, self._streams
-        if link is not None and streams is not None:
-            settled = streams.session.settled
+        link, held = self._link, self._held
+        if held is not None:
+            settled = held.streams.session.settled
             if not settled and self._reactor.seconds() < until:
                 self._reactor.callLater(DRAIN_INTERVAL, self._drain_step, done, before, until)
                 return
-            text = "everything was delivered" if settled else f"{len(streams)} streams were still open"
-            link.end(link.link.goodbye(ErrorCode.SHUTTING_DOWN, text))
+            text = "everything was delivered" if settled else f"{len(held.streams)} streams were still open"
+            if link is not None:
+                link.end(link.link.goodbye(ErrorCode.SHUTTING_DOWN, text))
+            else:
+                self._end_session(held, ErrorCode.SHUTTING_DOWN, text)
         done.callback(self.undelivered - before)
