@@ -35,6 +35,14 @@ FIRST_DELAY = 0.2
 #: that comes back is found within 5 s, and nobody minds a connection every 5 s.
 MAX_DELAY = 5.0
 
+#: Seconds at most while streams wait for a link: an outage is to end for them within
+#: 2 s of the path's return.
+HELD_DELAY = 2.0
+
+#: Seconds for one attempt while streams wait.  TCP repeats a lost first packet after
+#: 1 and 3 s, then ever later: a new attempt is sooner.
+HELD_ATTEMPT = 4.0
+
 #: Delays vary by this share, so that many links do not dial in step.
 JITTER = 0.2
 
@@ -128,15 +136,24 @@ class Dialer:
 
     def _dial(self) -> None:
         self._timer = None
+        if not self._peer.wants_link:
+            return
         address, endpoint = self._ways[self._way]
         self._log.debug("link {peer}: dialling {address}", peer=self._peer.name, address=address)
         attempt: Deferred[Any] = endpoint.connect(self._factory)
         self._attempt = attempt
+        if self._peer.open_streams:
+            attempt.addTimeout(HELD_ATTEMPT, self._reactor, self._overdue)
         # From then on the link itself says what becomes of it.
         attempt.addCallbacks(self._connected, self._failed)
 
     def _connected(self, _: object) -> None:
         self._attempt = None
+
+    def _overdue(self, result: object, seconds: float) -> object:
+        if isinstance(result, Failure) and result.check(CancelledError) and self._running:
+            raise TransportError(f"no connection within {seconds:g} s")
+        return result
 
     def _failed(self, reason: Failure) -> None:
         self._attempt = None
@@ -152,7 +169,8 @@ class Dialer:
         self._wait(PERMANENT_DELAY if permanent else self._delay)
         self._way = (self._way + 1) % len(self._ways)
         if self._way == 0:
-            self._delay = min(2 * self._delay, MAX_DELAY)
+            longest = HELD_DELAY if self._peer.open_streams else MAX_DELAY
+            self._delay = min(2 * self._delay, longest)
 
     def _wait(self, seconds: float) -> None:
         delay = seconds * self._random.uniform(1 - JITTER, 1 + JITTER)

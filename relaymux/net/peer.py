@@ -139,9 +139,9 @@ class Peer:
         return self._link is not None
 
     @property
-    def has_session(self) -> bool:
-        """Whether there is a session, with a link or waiting for one."""
-        return self._held is not None
+    def wants_link(self) -> bool:
+        """Whether a new link would be of use: not while shutting down, except for streams that wait for it."""
+        return self._link is None and (self._held is not None or not self._draining)
 
     @property
     def open_streams(self) -> int:

@@ -110,12 +110,13 @@ class RelayService(Service):
             seconds=seconds,
         )
         self._remove_sockets()
+        drains = [peer.drain(seconds) for peer in self._peers.values()]
+        # A link that is lost meanwhile is dialled, or listened for, until the end.
+        undelivered = sum([await drain for drain in drains])
         for dialer in self._dialers:
             dialer.stop()
         for port in self._ports:
             await port.stop()
-        drains = [peer.drain(seconds) for peer in self._peers.values()]
-        undelivered = sum([await drain for drain in drains])
         for section, totals in self._totals:
             self._log.info("{section}: in all {totals}", section=section, totals=totals)
         if undelivered:
