@@ -112,7 +112,8 @@ class CheckTests(CommandTestCase):
                     "link hv-b: unix connects to one.sock, or two.sock; at most 64 streams with a window of "
                     "4M each, replay buffer 32M; dead after 15 s of silence",
                     f"disk vda: makes the socket {directory}/vda.sock (mode 0660, owner "
-                    f"{os.geteuid()}, group {os.getegid()}) and opens streams over link hv-b; at most 64 at once, 10 s to open one",
+                    f"{os.geteuid()}, group {os.getegid()}) and opens streams over link hv-b; "
+                    "at most 64 at once, 10 s to open one",
                     f"stream ram: connects streams that come over link hv-b to the socket "
                     f"{directory}/ram.sock; at most 64 at once, 2.5 s to open one",
                     f"{directory}/relay.ini: no errors found",
