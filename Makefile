@@ -20,7 +20,7 @@ QUICK = $(subst /,.,$(basename $(filter-out $(SLOW),$(sort $(wildcard tests/test
 .PHONY: test demo lint bench venv qemu clean
 
 test: lint qemu
-	$(BIN)/python -m twisted.trial --temp-directory=_trial_temp $(QUICK)
+	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp $(QUICK)
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: venv

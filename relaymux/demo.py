@@ -60,6 +60,7 @@ class _Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
+        self._line = ""
         self._said = 0.0
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=12)
 
@@ -85,10 +86,15 @@ class _Display:
                 if name not in self._tasks:
                     self._tasks[name] = self._bars.add_task(name)
                 self._bars.update(self._tasks[name], completed=transfer.done, total=transfer.total)
-        elif progress.phase != self._phase or time.monotonic() - self._said >= _LINE_SECONDS:
-            self._phase, self._said = progress.phase, time.monotonic()
+        else:
             parts = [f"{name} {100 * item.done // item.total} %" for name, item in transfers.items()]
-            self._console.print(f"  {progress.phase}: {', '.join(parts)}" if parts else f"  {progress.phase}")
+            self._say(progress.phase, f"{progress.phase}: {', '.join(parts)}" if parts else progress.phase)
+
+    def _say(self, phase: str, line: str) -> None:
+        if phase == self._phase and (line == self._line or time.monotonic() - self._said < _LINE_SECONDS):
+            return
+        self._phase, self._line, self._said = phase, line, time.monotonic()
+        self._console.print(f"  {line}")
 
     def _render(self) -> RenderableType:
         return Group(Text(f"  {self._phase}", style="bold"), self._bars)

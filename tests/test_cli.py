@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from relaymux import __version__
 from relaymux.cli import main
 
-GOOD = """\
+GOOD = f"""\
 [relay]
 name = hv-a
 [link hv-b]
@@ -26,8 +27,8 @@ max-streams = 64
 link = hv-b
 listen = vda.sock
 mode = 0660
-owner = 0
-group = 0
+owner = {os.geteuid()}
+group = {os.getegid()}
 [stream ram]
 link = hv-b
 connect = ram.sock
@@ -110,8 +111,9 @@ class CheckTests(CommandTestCase):
                     "daemon hv-a: SIGTERM waits up to 30 s for open streams",
                     "link hv-b: unix connects to one.sock, or two.sock; at most 64 streams with a window of "
                     "4M each, replay buffer 32M; dead after 15 s of silence",
-                    f"disk vda: makes the socket {directory}/vda.sock (mode 0660, owner 0, group 0) and "
-                    "opens streams over link hv-b; at most 64 at once, 10 s to open one",
+                    f"disk vda: makes the socket {directory}/vda.sock (mode 0660, owner "
+                    f"{os.geteuid()}, group {os.getegid()}) and opens streams over link hv-b; "
+                    "at most 64 at once, 10 s to open one",
                     f"stream ram: connects streams that come over link hv-b to the socket "
                     f"{directory}/ram.sock; at most 64 at once, 2.5 s to open one",
                     f"{directory}/relay.ini: no errors found",

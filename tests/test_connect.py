@@ -21,8 +21,8 @@ from relaymux.net import connect, listen
 from relaymux.net.addresses import describe, parse_host_port
 from relaymux.net.buffers import BufferPool
 from relaymux.net.connect import connect_tcp, connect_unix
+from relaymux.net.families import tune_link
 from relaymux.net.listen import bind_tcp, listen_on
-from relaymux.net.sockets import tune_link
 from tests.sockets import DEADLINE, PlainRecorder, Recorder, RecorderFactory, SocketTestCase, reactor
 
 

@@ -26,7 +26,8 @@ from zope.interface.verify import verifyObject
 from relaymux.interfaces import IBufferTransport
 from relaymux.net import sockets
 from relaymux.net.buffers import BufferPool
-from relaymux.net.sockets import SocketTransport, transport_for, tune_link
+from relaymux.net.families import transport_for, tune_link
+from relaymux.net.sockets import SocketTransport
 from tests.sockets import (
     HalfCloser,
     PlainRecorder,

@@ -27,7 +27,7 @@ from zope.interface import implementer
 from relaymux.errors import TransportError
 from relaymux.net.addresses import describe
 from relaymux.net.buffers import BufferPool
-from relaymux.net.sockets import transport_for
+from relaymux.net.families import transport_for
 
 __all__ = ["connect_tcp", "connect_unix"]
 

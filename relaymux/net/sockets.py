@@ -27,56 +27,31 @@ has ended too.  C{disconnecting} means input is dropped.
 from __future__ import annotations
 
 import errno
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import islice
-from socket import (
-    AF_UNIX,
-    IPPROTO_TCP,
-    SHUT_RD,
-    SHUT_WR,
-    SO_KEEPALIVE,
-    SO_LINGER,
-    SO_SNDBUF,
-    SOL_SOCKET,
-    TCP_NODELAY,
-    TCP_NOTSENT_LOWAT,
-    TCP_USER_TIMEOUT,
-    socket,
-)
+from socket import SHUT_RD, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
 from struct import pack
 from typing import Any
 
-from twisted.internet.abstract import FileDescriptor
-from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
     IAddress,
     IDelayedCall,
     IHalfCloseableProtocol,
-    IProducer,
     IProtocol,
     ISystemHandle,
-    ITCPTransport,
 )
 from twisted.internet.main import CONNECTION_LOST
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from relaymux.interfaces import (
-    Buffer,
-    IBufferReceiver,
-    IBufferTransport,
-    IHalfReadTransport,
-    IIdentifiedTransport,
-)
+from relaymux.interfaces import IBufferReceiver, IBufferTransport, IHalfReadTransport
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
-from relaymux.net.disks import peer_credentials
+from relaymux.net.sending import SendingSocket
 
-__all__ = ["LINGER_SECONDS", "SocketTransport", "TCPTransport", "UNIXTransport", "transport_for", "tune_link"]
+__all__ = ["LINGER_SECONDS", "PLAIN_READ", "READ_ROOM", "SocketTransport"]
 
 #: How long input is still read after our end is closed.  A peer that honours
 #: an end of input answers within a round trip.
@@ -97,38 +72,15 @@ READ_TURN = 1024 * 1024
 #: Bytes at most to a protocol that takes C{bytes}, as Twisted does it.
 PLAIN_READ = 64 * 1024
 
-#: Buffers gathered for one C{sendmsg}.  The kernel allows 1024; a socket
-#: rarely has room for this many, and the rest was gathered in vain.
-SEND_BUFFERS = 64
-
-#: Bytes the kernel may hold that it has not sent yet.  What is urgent then
-#: waits behind this much in front of it and not behind megabytes.
-NOTSENT_LOWAT = 128 * 1024
-
-#: Milliseconds that sent bytes may stay unacknowledged before the connection
-#: is lost; the kernel's own patience is about 15 minutes.
-USER_TIMEOUT = 20_000
-
 #: Seconds until another try when the kernel is short of memory.
 MEMORY_PAUSE = 0.1
-
-#: Bytes that a UNIX socket shall take at once, asked for: more than a bulk frame.
-#: Linux's default of 208 KiB is less, and every such write would be cut in two
-#: with a wait in between.  Without privileges the kernel grants up to twice
-#: C{net.core.wmem_max}, 416 KiB by default.
-UNIX_SEND_BUFFER = 1024 * 1024
 
 _SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 
 
 @implementer(IBufferTransport, IHalfReadTransport, ISystemHandle)
-class SocketTransport(FileDescriptor):
-    """
-    A connected socket carrying one protocol.
-
-    @ivar queuedBytes: bytes written that the kernel has not taken yet.
-    @ivar socket: the socket; closed with the connection.
-    """
+class SocketTransport(SendingSocket):
+    """A connected socket carrying one protocol."""
 
     _log = Logger()
 
@@ -148,25 +100,16 @@ class SocketTransport(FileDescriptor):
             to read what is queued before the connection is aborted;
             L{None}: for ever.
         """
-        super().__init__(reactor)
-        self._clock = reactor
-        sock.setblocking(False)
-        self.socket = sock
+        super().__init__(reactor, sock, protocol if IBufferReceiver.providedBy(protocol) else None)
         self.protocol = protocol
-        self.queuedBytes = 0
-        self.connected = 1
+        self._clock = reactor
         self._pool = pool
         self._flush_seconds = flush_seconds
-        # Bounded by the producer's obedience: it is paused while anything is here.
-        self._queue: deque[Buffer] = deque()
         self._input_open = True
-        self._output_open = True
-        self._output_ending = False
         self._output_reset = False
         self._paused = False
         self._ending: Exception | None = None
         self._timers: list[IDelayedCall] = []
-        self._receiver = protocol if IBufferReceiver.providedBy(protocol) else None
         self._log_prefix = self._getLogPrefix(protocol)
         # Asked now, since nobody can ask a closed socket.
         self._host = address_of(sock, sock.getsockname())
@@ -183,14 +126,8 @@ class SocketTransport(FileDescriptor):
 
     # What the socket is
 
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
     def logPrefix(self) -> str:
         return self._log_prefix
-
-    def getHandle(self) -> socket:
-        return self.socket
 
     def getHost(self) -> IAddress:
         return self._host
@@ -263,93 +200,10 @@ class SocketTransport(FileDescriptor):
                     f"{describe(self._peer)} closed the connection before"
                     f" it had taken the last {self.queuedBytes} bytes"
                 )
-        if self._ending is not None:
+        if self._ending is not None and self.connected:
             self._close(self._ending)
 
-    # Writing
-
-    def write(self, data: bytes) -> None:
-        self.writeBuffers((data,))
-
-    def writeSequence(self, iovec: Iterable[bytes]) -> None:
-        self.writeBuffers(tuple(iovec))
-
-    def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
-        total = 0
-        for buffer in buffers:
-            if not isinstance(buffer, (bytes, memoryview)):
-                raise TypeError(f"data must be bytes or a memoryview, not {type(buffer).__name__}")
-            total += len(buffer)
-        if not total or not self._output_open or self._output_ending:
-            return
-        if self._queue:
-            self._queue.extend(buffers)
-            self.queuedBytes += total
-            return
-        self._queue.extend(buffers)
-        self.queuedBytes = total
-        sent = self._send()
-        if self._queue:
-            self.startWriting()
-            self._hold_producer()
-        elif self.producer is not None and not self.streamingProducer:
-            self.startWriting()
-        if sent and self._receiver is not None:
-            self._receiver.buffersWritten(sent)
-
-    def doWrite(self) -> None:
-        sent = self._send() if self._queue else 0
-        if sent and self._receiver is not None:
-            self._receiver.buffersWritten(sent)
-        if self._queue or not self._output_open:
-            return
-        self.stopWriting()
-        producer: Any = self.producer
-        if self._output_ending:
-            self._end_output()
-        elif producer is not None and (self.producerPaused or not self.streamingProducer):
-            self.producerPaused = False
-            producer.resumeProducing()
-            if self.disconnecting and self.streamingProducer and not self._queue:
-                self._end_output()
-        elif self.disconnecting:
-            self._end_output()
-
-    def _send(self) -> int:
-        """Give the kernel what it takes of the queue.  @return: how many bytes those are."""
-        queue = self._queue
-        try:
-            if len(queue) == 1:
-                sent = self.socket.send(queue[0])
-            else:
-                sent = self.socket.sendmsg(islice(queue, SEND_BUFFERS))
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            self._sending_failed(error)
-            return 0
-        self.queuedBytes -= sent
-        if not self.queuedBytes:
-            queue.clear()
-            return sent
-        left = sent
-        while left >= len(queue[0]):
-            left -= len(queue.popleft())
-        if left:
-            queue[0] = memoryview(queue[0])[left:]
-        return sent
-
-    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
-        super().registerProducer(producer, streaming)
-        self.producerPaused = False
-        if self._queue:
-            self._hold_producer()
-
-    def _hold_producer(self) -> None:
-        producer: Any = self.producer
-        if producer is not None and self.streamingProducer and not self.producerPaused:
-            self.producerPaused = True
-            producer.pauseProducing()
+    # When sending fails
 
     def _sending_failed(self, error: OSError) -> None:
         self.stopWriting()
@@ -506,10 +360,6 @@ class SocketTransport(FileDescriptor):
 
     # Helpers
 
-    def _drop_queue(self) -> None:
-        self._queue.clear()
-        self.queuedBytes = 0
-
     def _later(self, seconds: float, call: Callable[..., object], *args: object) -> None:
         self._timers = [timer for timer in self._timers if timer.active()]
         self._timers.append(self._clock.callLater(seconds, call, *args))
@@ -521,61 +371,3 @@ class SocketTransport(FileDescriptor):
         except Exception as error:
             self._log.failure("exception from {protocol}", protocol=self._log_prefix)
             self._close(error)
-
-
-@implementer(ITCPTransport)
-class TCPTransport(SocketTransport):
-    """A L{SocketTransport} with what only TCP has."""
-
-    _host: IPv4Address | IPv6Address
-    _peer: IPv4Address | IPv6Address
-
-    def getHost(self) -> IPv4Address | IPv6Address:
-        return self._host
-
-    def getPeer(self) -> IPv4Address | IPv6Address:
-        return self._peer
-
-    def getTcpNoDelay(self) -> bool:
-        return bool(self.socket.getsockopt(IPPROTO_TCP, TCP_NODELAY))
-
-    def setTcpNoDelay(self, enabled: bool) -> None:
-        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, enabled)
-
-    def getTcpKeepAlive(self) -> bool:
-        return bool(self.socket.getsockopt(SOL_SOCKET, SO_KEEPALIVE))
-
-    def setTcpKeepAlive(self, enabled: bool) -> None:
-        self.socket.setsockopt(SOL_SOCKET, SO_KEEPALIVE, enabled)
-
-
-@implementer(IIdentifiedTransport)
-class UNIXTransport(SocketTransport):
-    """A L{SocketTransport} whose peer the kernel knows: C{peerIdentity} is C{"uid:N"}."""
-
-    def __init__(self, reactor: Any, sock: socket, *args: Any, **options: Any) -> None:
-        super().__init__(reactor, sock, *args, **options)
-        self.peerIdentity = f"uid:{peer_credentials(sock).uid}"
-
-
-def transport_for(
-    reactor: Any,
-    sock: socket,
-    protocol: IProtocol,
-    pool: BufferPool,
-    peer: IAddress | None = None,
-    flush_seconds: float | None = None,
-) -> SocketTransport:
-    """Make the transport for C{sock}, by its family; parameters as of L{SocketTransport}."""
-    if sock.family == AF_UNIX:
-        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, UNIX_SEND_BUFFER)
-        return UNIXTransport(reactor, sock, protocol, pool, peer, flush_seconds)
-    return TCPTransport(reactor, sock, protocol, pool, peer, flush_seconds)
-
-
-def tune_link(sock: socket) -> None:
-    """Set what a TCP connection between two daemons wants: low delay, and an early notice of a dead peer."""
-    sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-    sock.setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
-    sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT)
-    sock.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)

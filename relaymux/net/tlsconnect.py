@@ -15,9 +15,9 @@ from relaymux.errors import TransportError
 from relaymux.net.addresses import describe
 from relaymux.net.buffers import BufferPool, pool_for
 from relaymux.net.connect import connect_tcp
+from relaymux.net.families import tune_link
 from relaymux.net.listen import bind_tcp, listen_on
 from relaymux.net.quietlog import QuietLog
-from relaymux.net.sockets import tune_link
 from relaymux.net.tlscontext import TLSIdentity
 from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE
 from relaymux.net.tlssockets import TLSTransport

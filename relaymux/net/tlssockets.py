@@ -23,8 +23,7 @@ told by C{connectionLost} as a L{TransportError}.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from typing import Protocol as Contract
 
@@ -34,7 +33,6 @@ from twisted.internet.interfaces import (
     IAddress,
     IConsumer,
     IDelayedCall,
-    IProducer,
     IProtocol,
     IPushProducer,
     ITransport,
@@ -45,13 +43,14 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from relaymux.errors import TransportError
-from relaymux.interfaces import Buffer, IBufferReceiver, IBufferTransport, IIdentifiedTransport
+from relaymux.interfaces import IBufferReceiver, IBufferTransport, IIdentifiedTransport
 from relaymux.net.addresses import describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.sockets import PLAIN_READ, READ_ROOM, SocketTransport
 from relaymux.net.tlscontext import TLSIdentity
-from relaymux.net.tlsengine import BATCH, make_engine
+from relaymux.net.tlsengine import make_engine
 from relaymux.net.tlserrors import handshake_error, lost_error
+from relaymux.net.tlswriting import EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
 
@@ -60,13 +59,6 @@ HANDSHAKE_SECONDS = 10.0
 
 #: How long a peer may take to read what is left when we close.
 CLOSE_SECONDS = 5.0
-
-#: Buffers up to this size are put together with what follows: a record of
-#: their own would cost more than the copy.
-SMALL = 2048
-
-#: The most one TLS record holds.
-RECORD = 16 * 1024
 
 
 class TLSOwner(Contract):
@@ -115,14 +107,12 @@ class _Below(Protocol):
 
 
 @implementer(ITransport, IConsumer, IPushProducer, IBufferTransport, IIdentifiedTransport)
-class TLSTransport:
+class TLSTransport(EncryptingConsumer):
     """
     A connection whose peer has proved who it is.
 
     @ivar below: the protocol to give to the socket.
     @ivar peerIdentity: see L{IIdentifiedTransport}.
-    @ivar connected: whether a protocol is connected.
-    @ivar queuedBytes: plain bytes written that the kernel has not taken, encrypted.
     """
 
     _log = Logger()
@@ -143,35 +133,17 @@ class TLSTransport:
         """
         self.below = _Below(self)
         self.peerIdentity = identity.credentials.peer.identity
-        self.connected = False
-        self._reactor = reactor
         self._pool = pool
         self._owner = owner
         self._certificate = identity.credentials.certificate
         connection, self._check = identity.connection(is_server=is_server)
-        self._engine = make_engine(connection, cipher_pool)
+        super().__init__(reactor, make_engine(connection, cipher_pool))
         self._protocol: IProtocol | None = None
-        self._receiver: IBufferReceiver | None = None
-        # Bounded by the producer's obedience: it is paused while anything is here.
-        self._queue: deque[Buffer] = deque()
-        self._queued = 0
-        self._encrypted = 0  # plain bytes whose encrypted form the kernel has not taken
-        self._held = False
         self._paused = False
         self._undelivered = False
-        self._closing = False
-        self._goodbye = False
-        self._reason: Exception | None = None
-        self._producer: Any = None
-        self._streaming = False
-        self._producer_paused = False
         self._timer: IDelayedCall | None = None
 
     # What it is
-
-    @property
-    def queuedBytes(self) -> int:
-        return self._queued + self._encrypted
 
     def getHost(self) -> IAddress:
         return self._socket.getHost()
@@ -311,118 +283,6 @@ class TLSTransport:
             self._reason = ConnectionDone()
             self._say_goodbye()
 
-    # Writing
-
-    def write(self, data: bytes) -> None:
-        self.writeBuffers((data,))
-
-    def writeSequence(self, data: Iterable[bytes]) -> None:
-        self.writeBuffers(tuple(data))
-
-    def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
-        total = 0
-        for buffer in buffers:
-            if not isinstance(buffer, (bytes, memoryview)):
-                raise TypeError(f"data must be bytes or a memoryview, not {type(buffer).__name__}")
-            total += len(buffer)
-        if not total or not self.connected or self._reason is not None:
-            return
-        self._queue.extend(buffers)
-        self._queued += total
-        self._encrypt()
-        if self.queuedBytes:
-            self._hold_producer()
-        elif self._producer is not None and not self._streaming:
-            self._reactor.callLater(0, self._drained)
-
-    def _encrypt(self) -> None:
-        """Encrypt and hand down what the socket takes."""
-        while self._queued and not self._held and self._reason is None:
-            for data in self._next_batch():
-                self._engine.encrypt(data)
-            self._send_encrypted()
-
-    def _next_batch(self) -> list[Buffer]:
-        """Take up to L{BATCH} bytes out of the queue, as pieces worth a record each."""
-        queue, size = self._queue, 0
-        pieces: list[Buffer] = []
-        small: list[Buffer] = []
-        while queue and size < BATCH:
-            data = queue.popleft()
-            room = BATCH - size
-            if len(data) > room:
-                queue.appendleft(memoryview(data)[room:])
-                data = memoryview(data)[:room]
-            size += len(data)
-            if len(data) <= SMALL:
-                small.append(data)
-            elif small:
-                first = RECORD - sum(map(len, small)) % RECORD
-                small.append(memoryview(data)[:first])
-                pieces += [b"".join(small), memoryview(data)[first:]]
-                small = []
-            else:
-                pieces.append(data)
-        if small:
-            pieces.append(b"".join(small))
-        self._queued -= size
-        self._encrypted += size
-        return pieces
-
-    def _send_encrypted(self) -> None:
-        encrypted = self._engine.take()
-        if encrypted:
-            self._socket.writeBuffers(encrypted)
-
-    def _encrypted_written(self) -> None:
-        if not self._socket.queuedBytes and self._encrypted:
-            count, self._encrypted = self._encrypted, 0
-            if self._receiver is not None:
-                self._receiver.buffersWritten(count)
-
-    def _hold(self) -> None:
-        self._held = True
-
-    def _release(self) -> None:
-        self._held = False
-        self._encrypt()
-        if not self.queuedBytes:
-            self._drained()
-
-    def _drained(self) -> None:
-        """The kernel has everything: who was told to wait may go on."""
-        if self.queuedBytes or not self.connected:
-            return
-        producer = self._producer
-        if producer is not None and (self._producer_paused or not self._streaming):
-            self._producer_paused = False
-            producer.resumeProducing()
-        done = self._producer is None or self._streaming
-        if self._closing and not self._goodbye and not self.queuedBytes and done:
-            self._say_goodbye()
-
-    def _hold_producer(self) -> None:
-        if self._producer is not None and self._streaming and not self._producer_paused:
-            self._producer_paused = True
-            self._producer.pauseProducing()
-
-    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
-        if self._producer is not None:
-            raise RuntimeError(f"cannot register {producer}: {self._producer} was never unregistered")
-        if not self.connected:
-            producer.stopProducing()
-            return
-        self._producer, self._streaming, self._producer_paused = producer, streaming, False
-        if not streaming:
-            self._drained()
-        elif self.queuedBytes:
-            self._hold_producer()
-
-    def unregisterProducer(self) -> None:
-        self._producer = None
-        if self._closing:
-            self._reactor.callLater(0, self._drained)
-
     # Ending
 
     def loseConnection(self) -> None:
@@ -449,7 +309,6 @@ class TLSTransport:
         self.abortConnection()
 
     def _say_goodbye(self) -> None:
-        self._goodbye = True
         self._cancel_timer()
         self._engine.connection.shutdown()
         self._send_encrypted()
@@ -481,10 +340,6 @@ class TLSTransport:
 
     def _is_open(self) -> bool:
         return self.connected and self._reason is None and not self._closing
-
-    def _drop_queue(self) -> None:
-        self._queue.clear()
-        self._queued = self._encrypted = 0
 
     def _cancel_timer(self) -> None:
         if self._timer is not None and self._timer.active():

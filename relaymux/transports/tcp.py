@@ -24,8 +24,8 @@ from relaymux.interfaces import IRelayTransport, TransportSettings
 from relaymux.net.addresses import parse_host_port
 from relaymux.net.buffers import pool_for
 from relaymux.net.connect import connect_tcp
+from relaymux.net.families import tune_link
 from relaymux.net.listen import bind_tcp, listen_on
-from relaymux.net.sockets import tune_link
 from relaymux.transports.endpoints import CONNECT_SECONDS, FLUSH_SECONDS, ClientEndpoint, ServerEndpoint
 
 __all__ = ["host_and_port", "transport"]

@@ -21,7 +21,7 @@ class RehearsalTests(QemuTestCase):
 
     def test_direct(self) -> None:
         """Every check of a direct migration passes."""
-        rehearsal = Rehearsal(self.tools, self.directory, Direct(self.directory))
+        rehearsal = Rehearsal(self.tools, self.directory, Direct(self.directory), memory=80)
         checks = run(rehearsal.run())
         self.assertEqual([check for check in checks if not check.passed], [])
         self.assertEqual(len(checks), 5)
@@ -30,7 +30,7 @@ class RehearsalTests(QemuTestCase):
 class RollBackTests(QemuTestCase):
     """When a migration fails the guest goes on where it was, as if nothing had been."""
 
-    guest = GuestSettings(memory=64, pages_per_tick=40, drives=(0x80,), blocks=64)
+    guest = GuestSettings(memory=40, pages_per_tick=40, drives=(0x80,), blocks=64)
 
     def setUp(self) -> None:
         super().setUp()
@@ -78,7 +78,8 @@ class RollBackTests(QemuTestCase):
             await source.console.wait_tick(source.console.last + self.guest.lap_ticks, 30)
             async with second:
                 routes = tuple(DiskRoute(disk.name, self.directory / "nbd") for disk in self.plan.disks)
-                plan = replace(self.plan, disks=routes, ram_socket=self.directory / "ram", bandwidth=1 << 30)
+                plan = replace(self.plan, disks=routes, ram_socket=self.directory / "ram")
+                plan = replace(plan, bandwidth=1 << 30, disk_bandwidth=0)
                 await Migration(source, second, plan).run()
                 await source.close()
                 await second.console.wait_tick(source.console.last + self.guest.lap_ticks, 30)
@@ -109,6 +110,20 @@ class RollBackTests(QemuTestCase):
         self.plan = replace(self.plan, bandwidth=4 * MIB)
         failure = run(self.failing(watch))
         self.assertEqual((failure.phase, failure.source_runs), ("sending memory", True))
+
+    def test_disk_breaks(self) -> None:
+        """A disk's connection is lost for good while it is copied, and QEMU's reason is told."""
+        victims: list[Machine] = []
+
+        def watch(destination: Machine, progress: Progress) -> None:
+            if progress.phase == "copying disks" and destination not in victims:
+                victims.append(destination)
+                os.kill(destination.pid, signal.SIGKILL)
+
+        self.plan = replace(self.plan, disk_bandwidth=8 * MIB)
+        failure = run(self.failing(watch))
+        self.assertEqual((failure.phase, failure.source_runs), ("copying disks", True))
+        self.assertIn("mirror-vda: ", str(failure))
 
     def test_stopped_at_the_switchover(self) -> None:
         """At the last moment, the guest stopped and its disks complete, it is called off."""

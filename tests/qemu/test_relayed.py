@@ -21,7 +21,7 @@ class RelayedMigrationTests(QemuTestCase):
 
         async def scenario() -> list[Check]:
             async with RelayPair(self.directory, transport, SELECTED_DISKS, link_options) as relays:
-                rehearsal = Rehearsal(self.tools, self.directory, relays, mode=mode)
+                rehearsal = Rehearsal(self.tools, self.directory, relays, mode=mode, memory=80)
                 try:
                     checks = await rehearsal.run()
                 except Exception:
@@ -48,10 +48,6 @@ class RelayedMigrationTests(QemuTestCase):
     def test_plain_tcp(self) -> None:
         """Through TCP, with the smallest windows and replay buffer that a file may have."""
         self.migrate("tcp", Mode.PLAIN, ("window = 16K", "replay-buffer = 64K"))
-
-    def test_multifd_unix(self) -> None:
-        """Through a UNIX socket."""
-        self.migrate("unix", Mode.MULTIFD)
 
 
 class FarSideMissingTests(QemuTestCase):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -55,6 +56,7 @@ class MigrationPlan:
     @ivar nbd_socket: where the destination listens for all disks.
     @ivar channels: how many further connections multifd makes.
     @ivar bandwidth: bytes per second for memory before postcopy.
+    @ivar disk_bandwidth: bytes per second for each disk; 0 for no limit.
     @ivar downtime: milliseconds the guest may be stopped for the last memory.
     @ivar reconnect_delay: seconds QEMU retries a lost NBD connection before
         the copy of the disk fails.
@@ -68,6 +70,7 @@ class MigrationPlan:
     mode: Mode = Mode.PLAIN
     channels: int = 4
     bandwidth: int = 1 << 30
+    disk_bandwidth: int = 0
     downtime: int = 300
     reconnect_delay: int = 30
     phase_seconds: float = 60.0
@@ -142,7 +145,8 @@ class Migration:
         """
         self.source.forget_events()
         self.destination.forget_events()
-        watcher = asyncio.ensure_future(self._watch())
+        over = asyncio.Event()
+        watcher = asyncio.ensure_future(self._watch(over))
         try:
             await self._prepare()
             await self._copy_disks()
@@ -155,7 +159,7 @@ class Migration:
                 raise
             raise MigrationFailed(self.phase, str(error), source_runs) from error
         finally:
-            watcher.cancel()
+            over.set()
             # What stopped it, a machine that ended, has stopped the steps too.
             await asyncio.gather(watcher, return_exceptions=True)
 
@@ -218,6 +222,7 @@ class Migration:
                     "device": disk.name,
                     "target": f"target-{disk.name}",
                     "sync": "full",
+                    "speed": self.plan.disk_bandwidth,
                 },
             )
         for disk in self.plan.disks:
@@ -313,10 +318,8 @@ class Migration:
     def _check_event(self, event: Event, machine: Machine) -> None:
         if event.name == "MIGRATION" and event.data["status"] in ("failed", "cancelled", "postcopy-paused"):
             raise _StatusFailed(event.data["status"])
-        if machine is self.source and event.name in ("BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED"):
-            reason = event.data.get("error")
-            if reason or event.name == "BLOCK_JOB_ERROR":
-                raise CommandFailed(f"copying a disk, {event.data['device']}: {reason or 'an error'}")
+        if machine is self.source and event.name == "BLOCK_JOB_COMPLETED" and "error" in event.data:
+            raise CommandFailed(f"{machine.name}: {event.data['device']}: {event.data['error']}")
 
     async def _job_event(self, name: str, job: str) -> None:
         def arrived(event: Event) -> bool:
@@ -341,10 +344,11 @@ class Migration:
 
     # Progress.
 
-    async def _watch(self) -> None:
-        while True:
+    async def _watch(self, over: asyncio.Event) -> None:
+        while not over.is_set():
             await self._look()
-            await asyncio.sleep(_LOOK_SECONDS)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(over.wait(), _LOOK_SECONDS)
 
     async def _look(self) -> None:
         memory = (await self.source.execute("query-migrate")).get("ram")

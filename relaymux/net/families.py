@@ -1,0 +1,99 @@
+"""What only TCP sockets have, and only UNIX sockets."""
+
+from __future__ import annotations
+
+from socket import (
+    AF_UNIX,
+    IPPROTO_TCP,
+    SO_KEEPALIVE,
+    SO_SNDBUF,
+    SOL_SOCKET,
+    TCP_NODELAY,
+    TCP_NOTSENT_LOWAT,
+    TCP_USER_TIMEOUT,
+    socket,
+)
+from typing import Any
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.interfaces import IAddress, IProtocol, ITCPTransport
+from zope.interface import implementer
+
+from relaymux.interfaces import IIdentifiedTransport
+from relaymux.net.buffers import BufferPool
+from relaymux.net.disks import peer_credentials
+from relaymux.net.sockets import SocketTransport
+
+__all__ = ["TCPTransport", "UNIXTransport", "transport_for", "tune_link"]
+
+#: Bytes the kernel may hold that it has not sent yet.  What is urgent then
+#: waits behind this much in front of it and not behind megabytes.
+NOTSENT_LOWAT = 128 * 1024
+
+#: Milliseconds that sent bytes may stay unacknowledged before the connection
+#: is lost; the kernel's own patience is about 15 minutes.
+USER_TIMEOUT = 20_000
+
+#: Bytes that a UNIX socket shall take at once, asked for: more than a bulk frame.
+#: Linux's default of 208 KiB is less, and every such write would be cut in two
+#: with a wait in between.  Without privileges the kernel grants up to twice
+#: C{net.core.wmem_max}, 416 KiB by default.
+UNIX_SEND_BUFFER = 1024 * 1024
+
+
+@implementer(ITCPTransport)
+class TCPTransport(SocketTransport):
+    """A L{SocketTransport} with what only TCP has."""
+
+    _host: IPv4Address | IPv6Address
+    _peer: IPv4Address | IPv6Address
+
+    def getHost(self) -> IPv4Address | IPv6Address:
+        return self._host
+
+    def getPeer(self) -> IPv4Address | IPv6Address:
+        return self._peer
+
+    def getTcpNoDelay(self) -> bool:
+        return bool(self.socket.getsockopt(IPPROTO_TCP, TCP_NODELAY))
+
+    def setTcpNoDelay(self, enabled: bool) -> None:
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, enabled)
+
+    def getTcpKeepAlive(self) -> bool:
+        return bool(self.socket.getsockopt(SOL_SOCKET, SO_KEEPALIVE))
+
+    def setTcpKeepAlive(self, enabled: bool) -> None:
+        self.socket.setsockopt(SOL_SOCKET, SO_KEEPALIVE, enabled)
+
+
+@implementer(IIdentifiedTransport)
+class UNIXTransport(SocketTransport):
+    """A L{SocketTransport} whose peer the kernel knows: C{peerIdentity} is C{"uid:N"}."""
+
+    def __init__(self, reactor: Any, sock: socket, *args: Any, **options: Any) -> None:
+        super().__init__(reactor, sock, *args, **options)
+        self.peerIdentity = f"uid:{peer_credentials(sock).uid}"
+
+
+def transport_for(
+    reactor: Any,
+    sock: socket,
+    protocol: IProtocol,
+    pool: BufferPool,
+    peer: IAddress | None = None,
+    flush_seconds: float | None = None,
+) -> SocketTransport:
+    """Make the transport for C{sock}, by its family; parameters as of L{SocketTransport}."""
+    if sock.family == AF_UNIX:
+        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, UNIX_SEND_BUFFER)
+        return UNIXTransport(reactor, sock, protocol, pool, peer, flush_seconds)
+    return TCPTransport(reactor, sock, protocol, pool, peer, flush_seconds)
+
+
+def tune_link(sock: socket) -> None:
+    """Set what a TCP connection between two daemons wants: low delay, and an early notice of a dead peer."""
+    sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+    sock.setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+    sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT)
+    sock.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)

@@ -1,0 +1,146 @@
+"""The sending half of a socket: what the kernel does not take at once is queued by reference."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from socket import socket
+from typing import Any
+
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.interfaces import IProducer
+
+from relaymux.interfaces import Buffer, IBufferReceiver
+
+__all__ = ["SendingSocket"]
+
+#: Buffers gathered for one C{sendmsg}.  The kernel allows 1024; a socket
+#: rarely has room for this many, and the rest was gathered in vain.
+SEND_BUFFERS = 64
+
+
+class SendingSocket(FileDescriptor):
+    """
+    A connected socket as a consumer.
+
+    @ivar queuedBytes: bytes written that the kernel has not taken yet.
+    @ivar socket: the socket; closed with the connection.
+    """
+
+    def __init__(self, reactor: Any, sock: socket, receiver: IBufferReceiver | None) -> None:
+        """
+        @param sock: connected; ours from now on.
+        @param receiver: who is told when bytes were written.
+        """
+        super().__init__(reactor)
+        sock.setblocking(False)
+        self.socket = sock
+        self.queuedBytes = 0
+        self.connected = 1
+        # Bounded by the producer's obedience: it is paused while anything is here.
+        self._queue: deque[Buffer] = deque()
+        self._receiver = receiver
+        self._output_open = True
+        self._output_ending = False
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def getHandle(self) -> socket:
+        return self.socket
+
+    def write(self, data: bytes) -> None:
+        self.writeBuffers((data,))
+
+    def writeSequence(self, iovec: Iterable[bytes]) -> None:
+        self.writeBuffers(tuple(iovec))
+
+    def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
+        total = 0
+        for buffer in buffers:
+            if not isinstance(buffer, (bytes, memoryview)):
+                raise TypeError(f"data must be bytes or a memoryview, not {type(buffer).__name__}")
+            total += len(buffer)
+        if not total or not self._output_open or self._output_ending:
+            return
+        if self._queue:
+            self._queue.extend(buffers)
+            self.queuedBytes += total
+            return
+        self._queue.extend(buffers)
+        self.queuedBytes = total
+        sent = self._send()
+        if self._queue:
+            self.startWriting()
+            self._hold_producer()
+        elif self.producer is not None and not self.streamingProducer:
+            self.startWriting()
+        if sent and self._receiver is not None:
+            self._receiver.buffersWritten(sent)
+
+    def doWrite(self) -> None:
+        sent = self._send() if self._queue else 0
+        if sent and self._receiver is not None:
+            self._receiver.buffersWritten(sent)
+        if self._queue or not self._output_open:
+            return
+        self.stopWriting()
+        producer: Any = self.producer
+        if self._output_ending:
+            self._end_output()
+        elif producer is not None and (self.producerPaused or not self.streamingProducer):
+            self.producerPaused = False
+            producer.resumeProducing()
+            if self.disconnecting and self.streamingProducer and not self._queue:
+                self._end_output()
+        elif self.disconnecting:
+            self._end_output()
+
+    def _send(self) -> int:
+        """Give the kernel what it takes of the queue.  @return: how many bytes those are."""
+        queue = self._queue
+        try:
+            if len(queue) == 1:
+                sent = self.socket.send(queue[0])
+            else:
+                sent = self.socket.sendmsg(islice(queue, SEND_BUFFERS))
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._sending_failed(error)
+            return 0
+        self.queuedBytes -= sent
+        if not self.queuedBytes:
+            queue.clear()
+            return sent
+        left = sent
+        while left >= len(queue[0]):
+            left -= len(queue.popleft())
+        if left:
+            queue[0] = memoryview(queue[0])[left:]
+        return sent
+
+    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+        super().registerProducer(producer, streaming)
+        self.producerPaused = False
+        if self._queue:
+            self._hold_producer()
+
+    def _hold_producer(self) -> None:
+        producer: Any = self.producer
+        if producer is not None and self.streamingProducer and not self.producerPaused:
+            self.producerPaused = True
+            producer.pauseProducing()
+
+    def _drop_queue(self) -> None:
+        self._queue.clear()
+        self.queuedBytes = 0
+
+    def _sending_failed(self, error: OSError) -> None:
+        """The kernel refuses what is first in the queue.  For subclasses."""
+        raise NotImplementedError
+
+    def _end_output(self) -> None:
+        """The queue is empty and nothing more will be written.  For subclasses."""
+        raise NotImplementedError
