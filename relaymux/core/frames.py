@@ -107,11 +107,13 @@ class FrameDecoder:
 
     A frame is given out when its last byte has arrived.  What is held back
     is bounded by one frame: C{max_payload} and a header.
+
+    @ivar max_payload: the longest DATA payload to accept, in bytes.
     """
 
     def __init__(self, max_payload: int) -> None:
         """@param max_payload: the longest DATA payload to accept, in bytes."""
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self._header = b""  # the beginning of a header that a read cut in two
         self._in_payload = False
         self._kind = 0
@@ -120,11 +122,6 @@ class FrameDecoder:
         self._missing = 0
         self._pieces: list[memoryview] = []
         self._small: bytearray | None = None  # tail of the pieces, still growing
-
-    @property
-    def partial(self) -> bool:
-        """Whether the bytes so far end inside a frame."""
-        return bool(self._header) or self._in_payload
 
     def feed(self, data: memoryview) -> Iterable[Frame]:
         """
@@ -177,7 +174,7 @@ class FrameDecoder:
                 f"{Kind(kind).name} frame with flags 0x{flags:02x}, reserved 0x{reserved:04x}: must be 0",
                 stream_id,
             )
-        limit = self._max_payload if kind == _DATA else MAX_CONTROL_PAYLOAD
+        limit = self.max_payload if kind == _DATA else MAX_CONTROL_PAYLOAD
         if length > limit:
             raise RemoteProtocolError(
                 ErrorCode.FRAME_TOO_LARGE,

@@ -23,7 +23,15 @@ from relaymux.core.events import (
     ResumeReceived,
     WelcomeReceived,
 )
-from relaymux.core.frames import FIRST_SEQUENCED, Buffer, Frame, FrameDecoder, Kind, encode
+from relaymux.core.frames import (
+    FIRST_SEQUENCED,
+    MAX_CONTROL_PAYLOAD,
+    Buffer,
+    Frame,
+    FrameDecoder,
+    Kind,
+    encode,
+)
 from relaymux.core.handshake import (
     Hello,
     Limits,
@@ -85,7 +93,9 @@ class Link:
         self.state = LinkState.HELLO
         self.session: Session | None = None
         self.round_trip = 0.0
-        self._decoder = FrameDecoder(local.max_payload)
+        # A stranger cannot make us hold more than the longest introduction.
+        self._decoder = FrameDecoder(MAX_CONTROL_PAYLOAD)
+        self._max_payload = local.max_payload
         self._out: list[Buffer] = []
         self._silence = local.silence
         self._ping_interval = local.silence / PINGS_PER_SILENCE
@@ -96,6 +106,10 @@ class Link:
         self._ping_number = 0
         self._pong: bytes | None = None
         self._ack_at: float | None = None
+        # What is due is kept as state until it can leave: a transport that takes
+        # nothing for long makes nothing grow here.
+        self._ack_now = False
+        self._ping_now = False
         if hello is not None:
             self.state = LinkState.WELCOME
             self._out.append(encode(Kind.HELLO, 0, hello.encode()))
@@ -134,6 +148,7 @@ class Link:
             raise LocalError(f"attach while {self.state.value}")
         self.state = LinkState.OPEN
         self.session = session
+        self._decoder.max_payload = self._max_payload
         # Whoever is the less patient of the two decides how often both speak.
         self._ping_interval = min(self._silence, remote.silence) / PINGS_PER_SILENCE
         self._ping_at = now + self._ping_interval
@@ -191,7 +206,11 @@ class Link:
                 out.append(encode(Kind.PONG, 0, self._pong))
                 self._pong = None
             frames = session.data_to_send(limit)
-            if session.ack_due or (frames and session.ack_worthwhile):
+            if self._ping_now:
+                self._ping_now = False
+                self._ping_number += 1
+                out.append(encode(Kind.PING, 0, OFFSET.pack(self._ping_number)))
+            if self._ack_now or session.ack_due or (frames and session.ack_worthwhile):
                 out.append(self._ack(session))
             out += frames
         return out
@@ -223,17 +242,16 @@ class Link:
                     f"{self.state.value} for {HANDSHAKE_SECONDS:g} s",
                 )
             ]
-        if now - self._heard_at >= self._silence:
+        # Compared as next_timer() computes it, to the last bit.
+        if now >= self._heard_at + self._silence:
             return [self._end(ErrorCode.KEEPALIVE_TIMEOUT, f"nothing heard for {self._silence:g} s")]
         if self._ack_at is not None and now >= self._ack_at:
             self._ack_at = None
-            if session.rx_next > session.rx_acknowledged:
-                self._out.append(self._ack(session))
+            self._ack_now = session.rx_next > session.rx_acknowledged
         if now >= self._ping_at:
             self._ping_at = now + self._ping_interval
             self._ping_sent = now
-            self._ping_number += 1
-            self._out.append(encode(Kind.PING, 0, OFFSET.pack(self._ping_number)))
+            self._ping_now = True
         return []
 
     # Frames of the link itself.
@@ -292,6 +310,7 @@ class Link:
     def _ack(self, session: Session) -> bytes:
         session.rx_acknowledged = session.rx_next
         self._ack_at = None
+        self._ack_now = False
         return encode(Kind.ACK, 0, OFFSET.pack(session.rx_next))
 
     def _fault(self, error: RemoteProtocolError) -> LinkEnded:

@@ -13,7 +13,7 @@ they can be sent; the other control frames are at most four per open stream.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
 
 from relaymux.core.events import (
@@ -454,6 +454,8 @@ class Session:
         if frame.stream_id:
             raise _malformed(frame)
         code, text = decode_coded_text(frame.payload, "GOAWAY")
+        if self._goaway_received:
+            return []
         self._goaway_received = True
         return [GoawayReceived(code, text)]
 
@@ -529,10 +531,16 @@ class Session:
         self.replay.append((frame,), len(frame))
         out.append(frame)
 
-    def undelivered(self) -> Iterator[tuple[Stream, int]]:
-        """@return: open streams with the bytes accepted here that the peer's consumer did not take."""
-        for stream in self.streams.values():
-            yield stream, stream.send.accepted - stream.send.delivered
+    @property
+    def undelivered_bytes(self) -> int:
+        """Bytes accepted for the open streams that the peer's consumers are not known to have taken."""
+        return sum(stream.send.accepted - stream.send.delivered for stream in self.streams.values())
+
+    @property
+    def unconsumed_bytes(self) -> int:
+        """Bytes received for the open streams that our consumers have not taken."""
+        windows = [stream.receive.window for stream in self.streams.values()]
+        return sum(window.received - window.consumed for window in windows)
 
 
 def _unpack(layout: Struct, frame: Frame) -> tuple[int, ...]:

@@ -173,6 +173,8 @@ class Dialer:
             self._delay = min(2 * self._delay, longest)
 
     def _wait(self, seconds: float) -> None:
+        if self._timer is not None and self._timer.active():
+            return  # two reports of one failure
         delay = seconds * self._random.uniform(1 - JITTER, 1 + JITTER)
         self._timer = self._reactor.callLater(delay, self._dial)
 

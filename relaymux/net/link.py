@@ -86,6 +86,7 @@ class LinkProtocol(Protocol):
         self._paused = False
         self._closing = False
         self._lost = False
+        self._told = False
         self._buffer_transport: IBufferTransport | None = None
         self._timer: IDelayedCall | None = None
         self._timer_at = float("inf")
@@ -119,6 +120,8 @@ class LinkProtocol(Protocol):
         self.buffersReceived((memoryview(data),))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if not self.connected:
+            return  # it never was
         self._closing = self._lost = True
         for timer in (self._timer, self._close_timer):
             if timer is not None and timer.active():
@@ -178,10 +181,13 @@ class LinkProtocol(Protocol):
 
     def end(self, event: LinkEnded) -> None:
         """Tell the owner, send the reason why, and close the connection: within L{CLOSE_SECONDS}."""
-        if self._closing or self.transport is None:
+        if self._told or self.transport is None:
+            return
+        self._told = True
+        self._owner.link_event(self, event)
+        if self._closing:
             return
         self._closing = True
-        self._owner.link_event(self, event)
         buffers = self.link.data_to_send(FLUSH_BYTES)
         if buffers:
             self._write(buffers)

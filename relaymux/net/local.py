@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IAddress, IProtocol, IReactorTime
 from twisted.internet.protocol import Factory
@@ -102,9 +102,16 @@ class _Connections:
     def full(self) -> bool:
         return len(self._open) >= self._local.max_connections
 
-    def add(self, connected: Callable[[_Connection], None] = lambda _: None) -> _Connection:
+    def add(self) -> _Connection:
+        return self._number_one(Bridge(self._over))
+
+    def on_connected(self, connected: Callable[[_Connection], None]) -> Bridge:
+        """@return: a bridge that becomes a connection when its local end is there."""
+        bridge = Bridge(self._over, lambda: connected(self._number_one(bridge)))
+        return bridge
+
+    def _number_one(self, bridge: Bridge) -> _Connection:
         self._number += 1
-        bridge = Bridge(self._over, lambda: connected(connection))
         connection = _Connection(self._number, bridge, self._reactor.seconds())
         self._open[bridge] = connection
         return connection
@@ -189,7 +196,7 @@ class LocalListener(Factory):
         if self._connections.full:
             self._connections.refused("a connection")
             return None
-        return self._connections.add(self._connected).bridge.local
+        return self._connections.on_connected(self._connected).local
 
     def _connected(self, connection: _Connection) -> None:
         request = self._peer.open_stream(self._local.service, self._local.open_timeout)
@@ -218,6 +225,7 @@ class LocalDialer:
         self._connections = _Connections(reactor, peer, local)
         self._queue: deque[StreamTransport] = deque()  # at most the streams the peer may have
         self._dialling = False
+        self._choosing = False
 
     @property
     def totals(self) -> Totals:
@@ -230,44 +238,54 @@ class LocalDialer:
         self._next()
 
     def _next(self) -> None:
-        while self._queue and not self._dialling:
-            stream = self._queue.popleft()
-            if not stream.connected:
-                continue  # its opener has given up
-            if self._connections.full:
-                self._connections.refused("a stream of the peer")
-                stream.refuse(
-                    ErrorCode.TOO_MANY_STREAMS,
-                    f"{self._local.section} has {self._local.max_connections} connections open",
-                )
-                continue
-            self._dialling = True
-            connection = self._connections.add()
-            dialled: Deferred[IProtocol] = connect_unix(
-                self._reactor,
-                self._local.path,
-                connection.bridge.local,
-                self._local.open_timeout,
-                pool_for(self._reactor),
+        """Dial for the next stream, unless one is being dialled for."""
+        if self._choosing:
+            return  # called from within the loop below, which goes on
+        self._choosing = True
+        try:
+            while self._queue and not self._dialling:
+                self._dial(self._queue.popleft())
+        finally:
+            self._choosing = False
+
+    def _dial(self, stream: StreamTransport) -> None:
+        if not stream.connected:
+            return  # its opener has given up
+        if self._connections.full:
+            self._connections.refused("a stream of the peer")
+            stream.refuse(
+                ErrorCode.TOO_MANY_STREAMS,
+                f"{self._local.section} has {self._local.max_connections} connections open",
             )
-            dialled.addCallbacks(
-                self._dialled, self._not_dialled, (connection, stream), {}, (connection, stream), {}
-            )
+            return
+        self._dialling = True
+        connection = self._connections.add()
+        dialled: Deferred[IProtocol] = connect_unix(
+            self._reactor,
+            self._local.path,
+            connection.bridge.local,
+            self._local.open_timeout,
+            pool_for(self._reactor),
+        )
+        stream.when_given_up(dialled.cancel)
+        dialled.addCallbacks(
+            self._dialled, self._not_dialled, (connection, stream), {}, (connection, stream), {}
+        )
 
     def _dialled(self, _: IProtocol, connection: _Connection, stream: StreamTransport) -> None:
-        if stream.connected:
-            stream.accept()
-            self._connections.joined(connection, stream)
-        else:
-            self._connections.not_joined(connection, "the peer gave up meanwhile")
-            connection.bridge.refuse(Failure(ConnectionDone()))
+        stream.accept()
+        self._connections.joined(connection, stream)
         self._dialling = False
         self._next()
 
     def _not_dialled(self, reason: Failure, connection: _Connection, stream: StreamTransport) -> None:
-        why = reason.getErrorMessage()
+        gave_up = reason.check(CancelledError)
+        why = "the peer gave up meanwhile" if gave_up else reason.getErrorMessage()
         self._connections.not_joined(connection, why)
-        stream.refuse(ErrorCode.CONNECT_FAILED, f"{self._local.section}: {why}")
+        # No path travels to the peer.
+        stream.refuse(
+            ErrorCode.CONNECT_FAILED, f"{self._local.section}: {why.replace(self._local.path, 'its socket')}"
+        )
         self._dialling = False
         self._next()
 

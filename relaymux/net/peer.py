@@ -37,7 +37,14 @@ from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import Link
 from relaymux.core.resume import Resume, Ticket
 from relaymux.core.session import Session
-from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset, describe_code
+from relaymux.errors import (
+    ErrorCode,
+    LocalError,
+    SessionLost,
+    StreamReset,
+    TransportError,
+    describe_code,
+)
 from relaymux.net.held import HeldSession
 from relaymux.net.link import LinkProtocol
 from relaymux.net.opening import WaitingRoom
@@ -89,8 +96,9 @@ class Peer:
     """
     @ivar name: the name of the configuration's C{[link]} section, for logs.
     @ivar daemon: the name the other daemon gave itself; empty before the first link.
-    @ivar undelivered: bytes taken from local producers of streams that are over,
-        which the other side did not report as delivered.
+    @ivar undelivered: bytes of streams that are over, which were taken from local
+        programs and not reported as delivered by the other side, or taken from
+        the other side and not by the local program.
     """
 
     _log = Logger("relaymux.link")
@@ -140,7 +148,7 @@ class Peer:
 
     @property
     def wants_link(self) -> bool:
-        """Whether a new link would be of use: not while shutting down, except for streams that wait for it."""
+        """Whether a new link would be of use: while shutting down only for streams that wait for it."""
         return self._link is None and (self._held is not None or not self._draining)
 
     @property
@@ -182,7 +190,10 @@ class Peer:
         if link.link.ended:
             return  # that was told already
         link.link.detach()
-        self._link_down(link, ErrorCode.NO_ERROR, f"connection lost: {reason.getErrorMessage()}")
+        # TLS 1.3 tells a client that its certificate is not wanted after its handshake.
+        permanent = isinstance(reason.value, TransportError) and not reason.value.retry
+        code = ErrorCode.NOT_AUTHORISED if permanent else ErrorCode.NO_ERROR
+        self._link_down(link, code, f"connection lost: {reason.getErrorMessage()}")
 
     # The handshake: accepting
 
@@ -366,16 +377,18 @@ class Peer:
         held.stop_timer()
         self._held = None
         streams = held.streams
-        lost = sum(count for _, count in streams.session.undelivered())
-        self.undelivered += lost + streams.undelivered
+        lost = streams.session.undelivered_bytes
+        stuck = streams.session.unconsumed_bytes
+        self.undelivered += lost + stuck + streams.undelivered
         log = self._log.warn if len(streams) else self._log.info
         log(
             "link {peer}: session over: {text};"
-            " {streams} streams ended with it, {lost} bytes from here not delivered",
+            " {streams} streams ended with it, {lost} bytes from here and {stuck} for here not delivered",
             peer=self.name,
             text=text,
             streams=len(streams),
             lost=lost,
+            stuck=stuck,
         )
         streams.fail_all(SessionLost(f"link {self.name}: {text}", code))
 
@@ -432,8 +445,8 @@ class Peer:
         Take no new streams, let those there are come to their end, then say goodbye.
 
         @param seconds: how long; streams that are open then are ended as errors.
-        @return: fires with the number of bytes of this drain that were taken from
-            local producers and not delivered.
+        @return: fires with the number of bytes that were taken, from either side,
+            and not delivered by this drain.
         """
         self._draining = True
         self._waiting.fail_all(LocalError("this daemon is shutting down"))

@@ -10,7 +10,7 @@ the socket at the far end, one window of bytes later.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from relaymux.net.streams import SessionStreams
 
 __all__ = ["StreamAddress", "StreamTransport"]
+
+#: Pieces shorter than this are copied when they have to wait.  A view of pooled
+#: memory pins a whole buffer of 256 KiB, so what waits in pieces of this length
+#: pins at most four times its own; shorter ones are gathered.
+WAITING_PIECE = 64 * 1024
 
 
 @implementer(IAddress)
@@ -76,7 +81,10 @@ class StreamTransport:
         self._manual_credit = False
         self._paused = False
         self._delivering = False
-        self._inbound: deque[memoryview] = deque()  # bounded by the stream's window
+        # Bounded by the stream's window; a bytearray is still being filled.
+        self._inbound: deque[memoryview | bytearray] = deque()
+        self._stopped_pending = False
+        self._given_up: Callable[[], None] | None = None
         self._finish_pending = False
         self._producer: Any = None  # IPushProducer, or IPullProducer: not streaming
         self._streaming = False
@@ -94,8 +102,16 @@ class StreamTransport:
         self._manual_credit = manual_credit
         if IBufferReceiver.providedBy(protocol):
             self._receiver = protocol
+        self._given_up = None
         protocol.makeConnection(self)
         self._deliver()
+        if self._stopped_pending:
+            self._stopped_pending = False
+            self.sending_stopped()
+
+    def when_given_up(self, call: Callable[[], None]) -> None:
+        """Have C{call} called if the stream ends before L{begin}: its opener does not want it any more."""
+        self._given_up = call
 
     # For the service that the peer asked for.
 
@@ -253,7 +269,10 @@ class StreamTransport:
 
     def data_received(self, buffers: list[memoryview]) -> None:
         """Bytes arrived."""
-        self._inbound.extend(buffers)
+        if self._paused or self._inbound or self._protocol is None or self._delivering:
+            self._keep(buffers)
+        else:
+            self._inbound.extend(buffers)
         self._deliver()
 
     def finished(self) -> None:
@@ -264,10 +283,12 @@ class StreamTransport:
     def sending_stopped(self) -> None:
         """The peer takes nothing more from us."""
         half_closeable = IHalfCloseableProtocol(self._protocol, None)
-        if half_closeable is not None:
+        if self._protocol is None:
+            self._stopped_pending = True
+        elif half_closeable is not None:
             self._producer = None
             half_closeable.writeConnectionLost()
-        elif self._protocol is not None:
+        else:
             self._stop_producer()
             self.loseConnection()
 
@@ -289,8 +310,11 @@ class StreamTransport:
         self._stop_producer()
         self._streams.gone(self)
         protocol, self._protocol = self._protocol, None
+        given_up, self._given_up = self._given_up, None
         if protocol is not None:
             protocol.connectionLost(reason)
+        elif given_up is not None:
+            given_up()
 
     def closed(self) -> None:
         """Both directions ended in order."""
@@ -304,7 +328,10 @@ class StreamTransport:
         self._delivering = True
         try:
             while self._inbound and not self._paused and self.connected:
-                buffers = tuple(self._inbound)
+                buffers = tuple(
+                    memoryview(piece).toreadonly() if isinstance(piece, bytearray) else piece
+                    for piece in self._inbound
+                )
                 self._inbound.clear()
                 self._give(buffers)
         finally:
@@ -316,6 +343,17 @@ class StreamTransport:
                 half_closeable.readConnectionLost()
             else:
                 self.loseConnection()
+
+    def _keep(self, buffers: Sequence[memoryview]) -> None:
+        """Let C{buffers} wait without pinning much more memory than they are long."""
+        for buffer in buffers:
+            last = self._inbound[-1] if self._inbound else None
+            if len(buffer) >= WAITING_PIECE:
+                self._inbound.append(buffer)
+            elif isinstance(last, bytearray) and len(last) < WAITING_PIECE:
+                last += buffer
+            else:
+                self._inbound.append(bytearray(buffer))
 
     def _give(self, buffers: Sequence[memoryview]) -> None:
         assert self._protocol is not None

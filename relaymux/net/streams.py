@@ -166,13 +166,21 @@ class SessionStreams:
         self._streams[event.stream_id] = stream
         service.stream_opened(stream)
 
+    def _closed(self, stream: StreamTransport, event: StreamClosed) -> None:
+        missing = event.accepted - event.delivered
+        if missing:
+            text = f"the other end did not take the last {missing} bytes"
+            stream.ended(Failure(StreamResetError(ErrorCode.LOCAL_CLOSED, text)))
+        else:
+            stream.closed()
+
     def _tell(self, stream: StreamTransport, event: Event) -> None:
         if isinstance(event, DataReceived):
             stream.data_received(event.buffers)
         elif isinstance(event, StreamFinished):
             stream.finished()
         elif isinstance(event, StreamClosed):
-            stream.closed()
+            self._closed(stream, event)
         elif isinstance(event, StreamAccepted):
             request = self._unanswered.pop(event.stream_id, None)
             if request is not None:

@@ -181,7 +181,8 @@ class RelayService(Service):
     def _cannot_start(self, reason: Failure) -> None:
         self._log.critical("cannot start: {reason}", reason=reason.getErrorMessage())
         self.exit_status = 1
-        self._reactor.stop()
+        # Usually this is known before the reactor runs, when it cannot be stopped yet.
+        self._reactor.callWhenRunning(self._stop_reactor)
 
     def _take_signals(self) -> None:
         """
