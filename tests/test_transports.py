@@ -29,6 +29,7 @@ class Limits:
     """How much stricter ours are than transports must be."""
 
     late_bytes = 0
+    gentle_close = True
     timeout = 120
 
 

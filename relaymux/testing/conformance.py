@@ -134,11 +134,16 @@ class TransportConformance(_Base):
     @cvar transport: the transport to test.
     @cvar late_bytes: how many bytes may still be delivered after
         C{pauseProducing}; links have room for 64 KiB, as Twisted's TLS needs.
+    @cvar gentle_close: whether a peer that is sending while we close still
+        reads all that was sent to it.  It does not over Twisted's own
+        transports, which leave its bytes unread and so reset it; links can
+        live with that, since they know what their peer has.
     @cvar deadline: seconds for any one wait.
     """
 
     transport: IRelayTransport
     late_bytes = 64 * 1024
+    gentle_close = False
     deadline = 30.0
     protocol: Callable[[], ConformanceProtocol] = ConformanceProtocol
 
@@ -387,7 +392,7 @@ class TransportConformance(_Base):
         self.same(server.received, data)
 
     async def test_close_while_the_peer_sends(self) -> None:
-        """Closing against the stream: the peer still reads all that was sent to it, then its end."""
+        """Closing against the stream: what the peer reads is the beginning of what was sent, or all."""
         client, server = await self.pair()
         data = content(4_000_000)
         Feeder(server.transport, content(LARGE)).start()
@@ -396,7 +401,10 @@ class TransportConformance(_Base):
         client.transport.loseConnection()
         await self.lost(server)
         await self.lost(client)
-        self.same(server.received, data)
+        if self.gentle_close:
+            self.same(server.received, data)
+        else:
+            self.same(server.received, data[: len(server.received)])
 
     async def test_abort(self) -> None:
         """An aborted connection is no clean end for the peer, who had sent what was never read."""
