@@ -3,7 +3,8 @@
 # make lint     ruff and mypy alone
 # make bench    what a byte costs, beside Twisted as usually written
 # make venv     the virtualenv alone
-# make clean    removes what these made, the virtualenv too
+# make clean    removes what these made, the virtualenv too; .cache, with a QEMU that was
+#               fetched, stays
 #
 # PYTHON=... chooses another interpreter (3.10 or newer) for the virtualenv,
 # VENV=... another place for it, TESTS=... some tests instead of all.
@@ -42,5 +43,6 @@ venv:
 	scripts/bootstrap dev $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info _trial_temp* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
+	rm -rf build dist *.egg-info _trial_temp* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name dropin.cache -exec rm -f {} +

@@ -14,7 +14,7 @@ from twisted.application.service import IService
 from twisted.python import usage
 
 from relaymux.errors import RelaymuxError
-from relaymux.service.config import load_configuration
+from relaymux.service.config import check_configuration, load_configuration
 from relaymux.service.daemon import RelayService
 
 __all__ = ["Options", "makeService"]
@@ -54,7 +54,10 @@ def makeService(options: Options) -> IService:
     # kill a link.  Before the first timer, hence here.
     clock.seconds = time.monotonic
     try:
-        service = _StartingService(reactor, load_configuration(options["config"]))
+        configuration = load_configuration(options["config"])
+        for problem in check_configuration(configuration, reactor):
+            raise problem
+        service = _StartingService(reactor, configuration)
     except RelaymuxError as error:
         raise SystemExit(f"relaymux: {error}") from None
     atexit.register(_exit_with, service)

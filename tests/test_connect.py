@@ -322,10 +322,10 @@ class TCPTests(Base):
         return number
 
     async def test_families(self) -> None:
-        """IPv4 and IPv6 addresses are reached, and one socket listens for both where no address is given."""
-        for host in ("127.0.0.1", "::1", ""):
+        """IPv4 and IPv6 addresses are reached, and one socket listens for all of both."""
+        for host in ("127.0.0.1", "::1", "", "::"):
             number = self.listen(host)
-            for target in (host,) if host else ("127.0.0.1", "::1"):
+            for target in (host,) if "1" in host else ("127.0.0.1", "::1"):
                 protocol: Any = await connect_tcp(reactor, target, number, self.client(), DEADLINE, self.pool)
                 transport: Any = protocol.transport
                 self.assertEqual(transport.getPeer().port, number)

@@ -534,6 +534,21 @@ class BoundTests(SynchronousTestCase):
         core = Core().shake()
         self.assertEqual(self.flood(core, reading=False), LIMITS.max_streams)
 
+    def test_peer_that_counts_as_we_do(self) -> None:
+        """A stream that the peer has forgotten makes room, though frames of others wait to be sent."""
+        core = Core().shake()
+        for stream_id in (1, 3, 5):
+            core.opened_by_peer(stream_id)
+        core.session.abort(1, 22)
+        core.say()
+        core.hear(frame(RESET, 1, u16(22) + u64(0)))
+        core.say()
+        core.session.reset(3, 22)
+        core.hear(frame(CLOSED, 1, u16(22) + u64(0)), opening(7))
+        self.assertFalse(core.link.ended)
+        core.hear(opening(9))
+        self.assertTrue(core.link.ended)
+
     def test_honest_peer(self) -> None:
         """A peer that reads and acknowledges may open and reset streams for ever."""
         core = Core().shake()

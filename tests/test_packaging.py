@@ -27,7 +27,7 @@ PROJECT = Path(__file__).parent.parent
 
 #: What git and the tools leave in a checkout, and what running the examples does.
 _NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "*.egg-info", "__pycache__", "_trial_temp*", "build", "dist", "dropin.cache", "pki", "run*", "venv*"
+    ".*", "*.egg-info", "__pycache__", "_trial_temp*", "build", "dist", "dropin.cache", "pki", "run", "run-*"
 )
 
 #: Seconds; these commands take a few on an idle machine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import IListeningPort
+from twisted.python.reflect import namedAny
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
@@ -29,6 +31,7 @@ class Limits:
     """How much stricter ours are than transports must be."""
 
     late_bytes = 0
+    gentle_close = True
     timeout = 120
 
 
@@ -186,6 +189,17 @@ class RegistryTests(SynchronousTestCase):
         two = [LazyTransport("tcp", "a.b"), LazyTransport("tcp", "c.d")]
         self.patch(registry, "getPlugins", lambda *_: two)
         self.assertIn("'tcp'", str(self.assertRaises(ConfigurationError, find_transport, "tcp")))
+
+    def test_document(self) -> None:
+        """What docs/transports.md names is there."""
+        text = (Path(__file__).parent.parent / "docs" / "transports.md").read_text(encoding="utf-8")
+        names = set(re.findall(r"\brelaymux\.[A-Za-z_.]*[A-Za-z_]", text))
+        self.assertGreater(len(names), 5)
+        for name in names:
+            namedAny(name)
+        for attribute in ("late_bytes", "gentle_close"):
+            self.assertIn(f"`{attribute}`", text)
+            self.assertTrue(hasattr(TransportConformance, attribute))
 
     def test_lazy(self) -> None:
         """Listing the transports, as any twistd does, imports neither OpenSSL nor the transports."""

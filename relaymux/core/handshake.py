@@ -30,6 +30,7 @@ MAX_TEXT = 200
 MIN_PAYLOAD = 1024
 MIN_WINDOW = 1024
 MIN_REPLAY = 4096
+MIN_SILENCE_MS = 500
 
 _PREFIX = Struct("!8sH")
 _FIXED = Struct("!HIIQQII16s")
@@ -218,7 +219,7 @@ def _unpack_terms(data: bytes, frame: str) -> tuple[str, bytes, Limits, dict[int
         ("max_payload", max_payload, MIN_PAYLOAD),
         ("window", window, MIN_WINDOW),
         ("replay", replay, MIN_REPLAY),
-        ("silence", silence_ms, 1),
+        ("silence", silence_ms, MIN_SILENCE_MS),
     ):
         if not least <= value < 2**62:
             raise RemoteProtocolError(ErrorCode.PROTOCOL_ERROR, f"{frame} with {what} {value}")

@@ -89,7 +89,9 @@ class Session:
         self._goaway_received = False
         self._opened_here = 0
         self._opened_by_peer = 0
-        self._forgotten_unsaid = 0  # of the peer's streams, whose last frame is in _control
+        self._control_sent = 0
+        # Of the peer's streams that are forgotten, those whose last frame is in _control.
+        self._unsaid: list[int] = []
         self._again: deque[Sequence[Buffer]] = deque()  # of the replay buffer, hence bounded by it
         self.replay = ReplayBuffer(local.replay)
         self.rx_next = 0
@@ -289,9 +291,9 @@ class Session:
         out: list[Buffer] = []
         while self._control and not self.replay.full:
             self._emit(out, self._control.popleft())
+            self._control_sent += 1
         if self._control:
             return out  # only a peer that acknowledges nothing gets here: let it wait, too
-        self._forgotten_unsaid = 0
         if self._credit_due:
             for stream_id in self._credit_due:
                 window = self.streams[stream_id].receive.window
@@ -366,7 +368,8 @@ class Session:
             )
         # A stream counts until the peer can know that it is over.  So this is also what
         # bounds _control, whatever a peer opens and resets without reading our answers.
-        if self._opened_by_peer + self._forgotten_unsaid >= self._local.max_streams:
+        self._unsaid = [number for number in self._unsaid if number > self._control_sent]
+        if self._opened_by_peer + len(self._unsaid) >= self._local.max_streams:
             raise RemoteProtocolError(
                 ErrorCode.FLOOD, f"more than the allowed {self._local.max_streams} streams", stream_id
             )
@@ -518,7 +521,8 @@ class Session:
             self._opened_here -= 1
         else:
             self._opened_by_peer -= 1
-            self._forgotten_unsaid += 1
+            if stream.last_control > self._control_sent:
+                self._unsaid.append(stream.last_control)
         send, window = stream.send, stream.receive.window
         return [
             StreamClosed(stream.stream_id, send.accepted, send.delivered, window.received, window.consumed)
@@ -526,6 +530,8 @@ class Session:
 
     def _queue(self, kind: Kind, stream_id: int, payload: bytes = b"") -> None:
         self._control.append(encode(kind, stream_id, payload))
+        if stream_id:
+            self.streams[stream_id].last_control = self._control_sent + len(self._control)
 
     def _emit(self, out: list[Buffer], frame: bytes) -> None:
         self.replay.append((frame,), len(frame))

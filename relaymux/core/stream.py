@@ -230,15 +230,17 @@ class Stream:
 
     @ivar outgoing: whether this side opened it.
     @ivar answered: whether OPENED or REFUSED was sent or received.
+    @ivar last_control: the number, in its session, of the last control frame made for it.
     """
 
-    __slots__ = ("answered", "outgoing", "receive", "send", "service", "stream_id")
+    __slots__ = ("answered", "last_control", "outgoing", "receive", "send", "service", "stream_id")
 
     def __init__(self, stream_id: int, service: str, *, outgoing: bool, credit: int, window: int) -> None:
         self.stream_id = stream_id
         self.service = service
         self.outgoing = outgoing
         self.answered = False
+        self.last_control = 0
         self.send = SendHalf(stream_id, credit)
         self.receive = ReceiveHalf(stream_id, window)
 

@@ -206,7 +206,7 @@ def listen_on(
 
 def bind_tcp(host: str, port: int, backlog: int = BACKLOG) -> socket:
     """
-    @param host: an IPv4 or IPv6 address; empty for all of both families.
+    @param host: an IPv4 or IPv6 address; empty, or C{"::"}, for all of both families.
     @param port: 0 for any free one.
     @return: a bound and listening socket.
     @raise TransportError: the address is taken or not ours.
@@ -216,7 +216,7 @@ def bind_tcp(host: str, port: int, backlog: int = BACKLOG) -> socket:
     try:
         sock.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         if family == AF_INET6:
-            sock.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 1 if host else 0)
+            sock.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 0 if host in ("", "::") else 1)
         sock.bind((host, port))
         sock.listen(backlog)
     except OSError as error:

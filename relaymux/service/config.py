@@ -61,6 +61,7 @@ LINK_KEYS: Final = (
     "replay-buffer",
     "max-streams",
     "silence",
+    "resume-window",
 )
 _SOCKET_KEYS: Final = ("mode", "owner", "group")
 SERVICE_KEYS: Final = ("link", "listen", "connect", *_SOCKET_KEYS, "open-timeout", "max-connections")
@@ -76,6 +77,8 @@ _parse_replay_buffer = size_between(64 * KIB, GIB)
 _parse_count = count_between(1, 65536)
 # A busy host is silent for a good part of a second without being dead.
 _parse_silence = seconds_between(0.5, 3600)
+# An hour without a link is an incident that somebody looks at.
+_parse_resume_window = seconds_between(0, 3600)
 _parse_open_timeout = seconds_between(0.1, 3600)
 _parse_drain_timeout = seconds_between(0, 86400)
 
@@ -182,6 +185,7 @@ def _read_link(section: Section, directory: Path) -> LinkSection:
         replay_buffer=section.get("replay-buffer", _parse_replay_buffer, sections.DEFAULT_REPLAY_BUFFER),
         max_streams=section.get("max-streams", _parse_count, sections.DEFAULT_MAX_STREAMS),
         silence=section.get("silence", _parse_silence, sections.DEFAULT_SILENCE),
+        resume_window=section.get("resume-window", _parse_resume_window, sections.DEFAULT_RESUME_WINDOW),
     )
 
 

@@ -45,6 +45,11 @@ DEFAULT_MAX_STREAMS = _LIMITS.max_streams
 #: links that were only slow.
 DEFAULT_SILENCE = _LIMITS.silence
 
+#: Seconds.  Long enough for a switch that restarts or a route that changes, and for
+#: a person to notice; QEMU waits on these sockets without a limit of its own.
+#: libvirt's keepalive gives up after 30 s, whatever is set here.
+DEFAULT_RESUME_WINDOW = 60.0
+
 #: Only the daemon's own user, and root.  QEMU usually runs as another one: then
 #: set C{owner} or C{group}.
 DEFAULT_MODE = 0o600
@@ -75,6 +80,8 @@ class LinkSection:
         unacknowledged.
     @ivar max_streams: streams that the peer may have open at once.
     @ivar silence: seconds without any byte after which the link is dead.
+    @ivar resume_window: seconds for which streams wait for another connection when
+        theirs is lost; 0: they end with it.  The shorter of both sides counts.
     """
 
     name: str
@@ -87,6 +94,7 @@ class LinkSection:
     replay_buffer: int = DEFAULT_REPLAY_BUFFER
     max_streams: int = DEFAULT_MAX_STREAMS
     silence: float = DEFAULT_SILENCE
+    resume_window: float = DEFAULT_RESUME_WINDOW
 
     @property
     def section(self) -> str:

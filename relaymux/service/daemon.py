@@ -15,7 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from relaymux.core.handshake import Limits
-from relaymux.errors import RelaymuxError
+from relaymux.errors import ConfigurationError, RelaymuxError
 from relaymux.net.buffers import pool_for
 from relaymux.net.dialer import Dialer, LinkPort
 from relaymux.net.disks import BoundSocket, bind_unix, ensure_private_directory
@@ -66,7 +66,10 @@ class RelayService(Service):
             for directory in self._configuration.directories_to_make():
                 ensure_private_directory(str(directory))
             for section in self._configuration.services:
-                self._add_service(section)
+                try:
+                    self._add_service(section)
+                except ConfigurationError as error:
+                    raise error.within(self._configuration.file, section.section, "listen") from None
         except RelaymuxError:
             self._remove_sockets()
             raise
@@ -136,6 +139,7 @@ class RelayService(Service):
             window=section.window,
             replay=section.replay_buffer,
             silence=section.silence,
+            resume_window=section.resume_window,
         )
         dialing = section.role == "connect"
         peer = Peer(self._reactor, section.name, identity, limits, dialing=dialing)

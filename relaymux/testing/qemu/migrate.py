@@ -56,6 +56,8 @@ class MigrationPlan:
     @ivar nbd_socket: where the destination listens for all disks.
     @ivar channels: how many further connections multifd makes.
     @ivar bandwidth: bytes per second for memory before postcopy.
+    @ivar postcopy_bandwidth: bytes per second for it afterwards, beside the
+        pages that the guest asks for; 0 for no limit.
     @ivar disk_bandwidth: bytes per second for each disk; 0 for no limit.
     @ivar downtime: milliseconds the guest may be stopped for the last memory.
     @ivar reconnect_delay: seconds QEMU retries a lost NBD connection before
@@ -70,6 +72,7 @@ class MigrationPlan:
     mode: Mode = Mode.PLAIN
     channels: int = 4
     bandwidth: int = 1 << 30
+    postcopy_bandwidth: int = 0
     disk_bandwidth: int = 0
     downtime: int = 300
     reconnect_delay: int = 30
@@ -183,7 +186,12 @@ class Migration:
             if plan.mode is Mode.MULTIFD:
                 await machine.execute("migrate-set-parameters", {"multifd-channels": plan.channels})
         await self.source.execute(
-            "migrate-set-parameters", {"max-bandwidth": plan.bandwidth, "downtime-limit": plan.downtime}
+            "migrate-set-parameters",
+            {
+                "max-bandwidth": plan.bandwidth,
+                "max-postcopy-bandwidth": plan.postcopy_bandwidth,
+                "downtime-limit": plan.downtime,
+            },
         )
         if plan.disks:
             address = {"type": "unix", "data": {"path": str(plan.nbd_socket)}}

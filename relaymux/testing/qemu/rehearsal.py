@@ -152,6 +152,7 @@ class Rehearsal:
             mode=self.mode,
             channels=self.channels,
             bandwidth=_POSTCOPY_BANDWIDTH if self.mode is Mode.POSTCOPY else 1 << 30,
+            postcopy_bandwidth=_POSTCOPY_BANDWIDTH // 2,
         )
 
     def _image(self, side: str, name: str) -> Path:
