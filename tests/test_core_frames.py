@@ -114,17 +114,6 @@ class DecoderTests(SynchronousTestCase):
         for cut in range(1, len(self.stream)):
             self.check(decode(self.stream[:cut], self.stream[cut:]))
 
-    def test_partial(self) -> None:
-        """The decoder knows whether it waits for the rest of a frame."""
-        decoder = FrameDecoder(4096)
-        self.assertFalse(decoder.partial)
-        whole = frame(Kind.DATA, 1, b"abc")
-        for i in range(len(whole) - 1):
-            self.assertEqual(list(decoder.feed(memoryview(whole[i : i + 1]))), [])
-            self.assertTrue(decoder.partial, i)
-        self.assertEqual(len(list(decoder.feed(memoryview(whole[-1:])))), 1)
-        self.assertFalse(decoder.partial)
-
     def test_payload_is_not_copied(self) -> None:
         """Long pieces of DATA are views of the memory that was received into."""
         memory = bytearray(frame(Kind.DATA, 1, b"a" * 4 * SMALL_PIECE))

@@ -227,7 +227,7 @@ class TermsTests(SynchronousTestCase):
 
     def test_fractions(self) -> None:
         """Times are told to the millisecond."""
-        limits = replace(Limits(), silence=0.25, resume_window=1.5)
+        limits = replace(Limits(), silence=0.75, resume_window=1.5)
         self.assertEqual(decode_hello(Hello("a", INSTANCE, limits).encode()).limits, limits)
 
     def test_longest_hello_fits(self) -> None:

@@ -126,11 +126,11 @@ class HandshakeTests(SynchronousTestCase):
         self.assertEqual(core.say(), [])
 
     def test_resuming_is_answered(self) -> None:
-        """A session of an earlier life is unknown here, and the peer is told so."""
+        """A RESUME that is none is a protocol error; whose it is, is for the holder of the session to say."""
         link = Link(local=LIMITS, now=0.0)
         [event] = run(link, frame(RESUME, 0, bytes(100)))
         assert isinstance(event, LinkEnded)
-        self.assertEqual(event.code, ErrorCode.UNKNOWN_SESSION)
+        self.assertEqual(event.code, ErrorCode.PROTOCOL_ERROR)
 
     def test_timeout(self) -> None:
         """A handshake that is not done within its time is over, on both sides."""

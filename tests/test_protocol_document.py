@@ -24,6 +24,7 @@ from relaymux.core.events import (
     Event,
     HelloReceived,
     LinkEnded,
+    ResumeReceived,
     StreamClosed,
     StreamOpened,
     WelcomeReceived,
@@ -31,6 +32,7 @@ from relaymux.core.events import (
 from relaymux.core.frames import FIRST_SEQUENCED, HEADER, HEADER_BYTES, Frame, FrameDecoder, Kind, encode
 from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import OFFSET, Link, LinkState
+from relaymux.core.resume import Role, Ticket, encode_resume
 from relaymux.core.session import Session
 from relaymux.core.stream import ReceiveHalf, ReceiveState, SendState
 from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
@@ -220,7 +222,7 @@ class LinkTableTests(SynchronousTestCase):
         payloads = {
             "HELLO": DIALER.encode(),
             "WELCOME": ACCEPTOR.encode(),
-            "RESUME": bytes(102),
+            "RESUME": dumps()[2][0][1][HEADER_BYTES:],
             "RESUMED": bytes(102),
             "REJECT": handshake.encode_reject(ErrorCode.BUSY, "no"),
             "BYE": handshake.encode_coded_text(ErrorCode.ABORTED, "over"),
@@ -572,10 +574,13 @@ class ExampleTests(SynchronousTestCase):
         said = b"relaymux resume 1" + b"\x01" + payload[:70] + struct.pack("!H", 0)
         self.assertEqual(proof, hmac.new(ACCEPTOR.resume_key, said, hashlib.sha256).digest())
         self.assertIn(proof.hex(), section("15.2"))
+        ticket = Ticket(ACCEPTOR.session_id, ACCEPTOR.resume_key, DIALER.instance, ACCEPTOR.instance)
+        self.assertEqual(encode_resume(ticket, Role.DIALER, 1, 500, b"").hex(" "), payload.hex(" "))
         link = Link(local=Limits(), now=0.0)
-        (end,) = link.receive([memoryview(data)], 0.0)
-        assert isinstance(end, LinkEnded)
-        self.assertEqual(end.code, ErrorCode.UNKNOWN_SESSION)
+        (event,) = link.receive([memoryview(data)], 0.0)
+        assert isinstance(event, ResumeReceived)
+        self.assertTrue(event.resume.is_proven_by(ticket, Role.DIALER, b""))
+        link.reject(ErrorCode.UNKNOWN_SESSION, "there is no such session here; begin a new one")
         self.assertEqual(b"".join(link.data_to_send(1000)).hex(" "), answer.hex(" "))
         self.assertIs(link.state, LinkState.ENDED)
 
