@@ -29,7 +29,7 @@ from rich.text import Text
 from relaymux.testing.qemu.console import GuestFailed
 from relaymux.testing.qemu.install import ensure_tools
 from relaymux.testing.qemu.machine import CommandFailed, MachineEnded
-from relaymux.testing.qemu.migrate import MigrationFailed, Mode, Progress
+from relaymux.testing.qemu.plan import MigrationFailed, Mode, Progress
 from relaymux.testing.qemu.rehearsal import SELECTED_DISKS, Carrier, Check, Direct, Rehearsal
 from relaymux.testing.qemu.relays import TRANSPORTS, RelayFailed, RelayPair
 from relaymux.testing.qemu.tools import QemuTools, QemuUnavailable

@@ -155,6 +155,10 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         one = socket.create_connection(listening.getsockname(), DEADLINE)
         other, _ = listening.accept()
+    for sock in (one, other):
+        # Else the kernel's idea of them grows while data flows, to more than a test sends.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 * 1024)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
     return one, other
 
 

@@ -330,6 +330,12 @@ class DataTests(SynchronousTestCase):
         core.say()
         self.assertEqual(core.session.take_drained(), [one])
         self.assertEqual(core.session.take_drained(), [])
+        core.session.write(one, content(3000))
+        core.say()
+        self.assertEqual(core.session.take_drained(), [], "the rest of it waits for credit")
+        core.hear(frame(CREDIT, one, u64(5000, 0)))
+        core.say()
+        self.assertEqual(core.session.take_drained(), [one])
 
     def test_full_replay_buffer(self) -> None:
         """With too much unacknowledged no data leaves, whatever the credit; an ack lets it go on."""
@@ -395,6 +401,18 @@ class EndTests(SynchronousTestCase):
         self.assertEqual(core.say(), [(RESET, one, u16(20) + u64(1024))])
         core.hear(frame(CREDIT, one, u64(5000, 1024)))
         self.assertEqual(core.say(), [])
+
+    def test_forgotten_while_it_waited(self) -> None:
+        """A stream that ends while it waits for its turn is gone from the queue, too."""
+        core = Core(dialing=True).shake()
+        one, other = core.opened_here(), core.opened_here()
+        for stream_id in (one, other):
+            core.session.write(stream_id, b"abc")
+        core.session.reset(one, 20)
+        # The peer cannot know of the reset yet, and says all the same that it is done.
+        core.hear(frame(CLOSED, one, u16(20) + u64(0)), frame(FIN, one, u64(0)))
+        self.assertNotIn(one, core.session.streams)
+        self.assertIn((DATA, other, b"abc"), core.say())
 
     def test_reset_received(self) -> None:
         """A reset voids what was not consumed; its CLOSED says what was."""

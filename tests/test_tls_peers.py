@@ -216,6 +216,7 @@ class RefusedTests(TLSTestCase):
             await self.turns(3)
         await self.lost(silent)
         await self.lost(slow)
+        await self.until(lambda: self.log, "it was logged")
         self.assertIn("no TLS handshake", self.log[0])
 
     async def test_limits(self) -> None:
@@ -236,9 +237,20 @@ class RefusedTests(TLSTestCase):
             for protocol in waiting:
                 protocol.transport.abortConnection()
                 await self.lost(protocol)
-            await self.turns()
-            await self.connect(port)
+            await self.admitted(port)
             self.patch(tlsconnect, limit, 100)
+
+    async def admitted(self, port: int) -> None:
+        """Wait until there is room for a handshake again."""
+        end = reactor.seconds() + DEADLINE
+        while True:
+            try:
+                await self.connect(port)
+                return
+            except TransportError:
+                if reactor.seconds() > end:
+                    raise
+                await self.turns()
 
     async def test_cancel(self) -> None:
         """Giving up while the handshake runs closes the connection and fires once."""

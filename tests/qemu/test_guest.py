@@ -7,8 +7,9 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from relaymux.testing.qemu.assemble import assemble
 from relaymux.testing.qemu.console import GuestFailed
-from relaymux.testing.qemu.guest import PAGE_BYTES, SECTOR_BYTES, GuestSettings, assemble, boot_sector
+from relaymux.testing.qemu.guest import PAGE_BYTES, SECTOR_BYTES, GuestSettings, boot_sector
 from relaymux.testing.qemu.machine import Disk, Machine
 from tests.qemu.support import MIB, QemuTestCase, run
 
@@ -18,7 +19,7 @@ class AssembleTests(SynchronousTestCase):
 
     def test_bytes_values_and_text(self) -> None:
         """Bytes are taken as they are, values little-endian in their room, texts as ASCII."""
-        code = assemble("a: 01 FF $x:2 'hi' ; a comment 99\n  $y:4", {"x": 0x1234, "y": -1})
+        code = assemble("a: 01 FF $x:2 'hi' ; a comment 99\n  $y:4", {"x": 0x1234, "y": -1}, 0)
         self.assertEqual(code, b"\x01\xff\x34\x12hi\xff\xff\xff\xff")
 
     def test_addresses_and_distances(self) -> None:
@@ -29,13 +30,13 @@ class AssembleTests(SynchronousTestCase):
     def test_too_far(self) -> None:
         """A jump that does not reach its label is refused, not cut short."""
         with self.assertRaises(ValueError) as caught:
-            assemble("a: EB >b\n" + "90 " * 128 + "\nb: 90", {})
+            assemble("a: EB >b\n" + "90 " * 128 + "\nb: 90", {}, 0)
         self.assertIn("too far", str(caught.exception))
 
     def test_unreadable(self) -> None:
         """A word that is no byte is refused."""
         with self.assertRaises(ValueError) as caught:
-            assemble("a: 90 xyz", {})
+            assemble("a: 90 xyz", {}, 0)
         self.assertIn("'xyz'", str(caught.exception))
 
 

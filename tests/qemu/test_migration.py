@@ -11,7 +11,8 @@ from dataclasses import replace
 from relaymux.testing.qemu.console import continuity
 from relaymux.testing.qemu.guest import GuestSettings, boot_sector
 from relaymux.testing.qemu.machine import CommandFailed, Disk, Machine, MachineEnded
-from relaymux.testing.qemu.migrate import DiskRoute, Migration, MigrationFailed, MigrationPlan, Progress
+from relaymux.testing.qemu.migrate import Migration
+from relaymux.testing.qemu.plan import DiskRoute, MigrationFailed, MigrationPlan, Progress
 from relaymux.testing.qemu.rehearsal import Direct, Rehearsal
 from tests.qemu.support import MIB, QemuTestCase, run, write_random
 

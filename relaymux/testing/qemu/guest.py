@@ -20,10 +20,11 @@ segment of 4 GiB (entered through protected mode) to reach all memory.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-__all__ = ["PAGE_BYTES", "SECTOR_BYTES", "GuestSettings", "assemble", "boot_sector"]
+from relaymux.testing.qemu.assemble import assemble
+
+__all__ = ["PAGE_BYTES", "SECTOR_BYTES", "GuestSettings", "boot_sector"]
 
 PAGE_BYTES = 4096
 SECTOR_BYTES = 512
@@ -81,9 +82,7 @@ class GuestSettings:
         return max(-(-self.pages // self.pages_per_tick), self.blocks if self.drives else 0)
 
 
-#: One instruction per line: its bytes, then what they say.  C{$name:n} is a
-#: value in n bytes, C{@label} a 16-bit address (plus C{+n}), C{>label} an 8-bit
-#: and C{>>label} a 16-bit distance.
+#: In L{assemble}'s form: each instruction's bytes, then what they say.
 #: ebp counts pages, edi is the next page, ebx the stride, edx a drive's number.
 _LISTING = """
 start:  FA                          ; cli
@@ -267,55 +266,6 @@ count:  00 00 00 00
 drives: $drives:4 00
 """
 
-_ITEM = re.compile(
-    r"(?P<text>'[^']*')|(?P<byte>[0-9A-F]{2})\b|\$(?P<value>\w+):(?P<size>\d)"
-    r"|(?P<mode>@|>>|>)(?P<label>\w+)"
-)
-
-
-def assemble(listing: str, values: dict[str, int], origin: int = _ORIGIN) -> bytes:
-    """
-    Turn a listing in the form above into machine code.
-
-    @param values: what the C{$name:n} stand for; taken modulo the room.
-    @raise ValueError: an unknown word, or a jump that does not reach.
-    """
-    code = bytearray()
-    labels: dict[str, int] = {}
-    holes: list[tuple[int, str, str]] = []
-    for line in listing.splitlines():
-        text = line.partition(";")[0]
-        label, colon, rest = text.partition(":")
-        if colon and re.fullmatch(r"\w+", label):
-            labels[label] = origin + len(code)
-            text = rest
-        place = 0
-        for item in _ITEM.finditer(text):
-            if text[place : item.start()].strip():
-                break
-            place = item.end()
-            if item["text"]:
-                code += item["text"][1:-1].encode("ascii")
-            elif item["byte"]:
-                code.append(int(item["byte"], 16))
-            elif item["value"]:
-                size = int(item["size"])
-                code += (values[item["value"]] % (1 << 8 * size)).to_bytes(size, "little")
-            else:
-                holes.append((len(code), item["mode"], item["label"]))
-                code += bytes(1 if item["mode"] == ">" else 2)
-        if text[place:].strip():
-            raise ValueError(f"cannot read {text[place:].strip()!r} in {line.strip()!r}")
-    for offset, mode, label in holes:
-        size = 1 if mode == ">" else 2
-        value = labels[label]
-        if mode != "@":
-            value -= origin + offset + size
-            if not -(1 << 8 * size - 1) <= value < 1 << 8 * size - 1:
-                raise ValueError(f"{label} is {value} bytes away, too far for {mode!r}")
-        code[offset : offset + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
-    return bytes(code)
-
 
 def boot_sector(settings: GuestSettings) -> bytes:
     """
@@ -347,6 +297,7 @@ def boot_sector(settings: GuestSettings) -> bytes:
             "last": settings.first_sector + settings.blocks * settings.sectors_per_block,
             "drives": int.from_bytes(bytes(settings.drives), "little"),
         },
+        _ORIGIN,
     )
     if len(code) > SECTOR_BYTES - 2:
         raise ValueError(f"the guest has {len(code)} bytes; a boot sector holds {SECTOR_BYTES - 2}")

@@ -20,7 +20,8 @@ from typing import Protocol
 from relaymux.testing.qemu.console import GuestFailed, continuity
 from relaymux.testing.qemu.guest import GuestSettings, boot_sector
 from relaymux.testing.qemu.machine import Disk, Machine
-from relaymux.testing.qemu.migrate import DiskRoute, Migration, MigrationPlan, Mode, Progress
+from relaymux.testing.qemu.migrate import Migration
+from relaymux.testing.qemu.plan import DiskRoute, MigrationPlan, Mode, Progress
 from relaymux.testing.qemu.tools import QemuTools
 
 __all__ = ["ALL_DISKS", "SELECTED_DISKS", "Carrier", "Check", "Direct", "Rehearsal"]
@@ -31,6 +32,9 @@ ALL_DISKS = ("vda", "vdb", "vdc")
 SELECTED_DISKS = ("vda", "vdc")
 
 _CHUNK = 1 << 20
+
+#: Pages per tick for a QEMU that may lose track of busier ones.
+_CALM = 20
 
 #: Bytes per second before postcopy: slow enough to begin it in the middle.
 _POSTCOPY_BANDWIDTH = 64 << 20
@@ -117,8 +121,7 @@ class Rehearsal:
         """
         guest = GuestSettings(
             memory=self.memory,
-            # A QEMU that loses track of busy pages is not asked to.
-            pages_per_tick=self.pages_per_tick if self.tools.safe else 5,
+            pages_per_tick=self.pages_per_tick if self.tools.safe else min(self.pages_per_tick, _CALM),
             drives=tuple(0x80 + ALL_DISKS.index(name) for name in SELECTED_DISKS),
         )
         untouched = await asyncio.to_thread(self._make_images, boot_sector(guest))

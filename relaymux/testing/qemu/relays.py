@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 
 from relaymux.certificates import make_certificates
-from relaymux.testing.qemu.migrate import Mode
 from relaymux.testing.qemu.observe import cpu_seconds, peak_memory, tcp_connections, unix_connections
+from relaymux.testing.qemu.plan import Mode
 from relaymux.testing.qemu.rehearsal import Check
 
 __all__ = ["TRANSPORTS", "RelayFailed", "RelayPair"]
@@ -213,9 +213,9 @@ class RelayPair:
         ram = {Mode.PLAIN: 1, Mode.MULTIFD: channels + 1, Mode.POSTCOPY: 2}[mode]
         opened = self.opened()
         streams = Check(
-            "each had streams of its own in it",
+            "memory and each disk had streams of their own",
             opened == {"ram": ram} | dict.fromkeys(self.disks, 1),
-            ", ".join(f"{name} {count}" for name, count in sorted(opened.items())),
+            ", ".join(f"{name} {count}" for name, count in sorted(opened.items())) + " and no other",
         )
         ended = Check(
             "the daemons delivered all they had taken",
