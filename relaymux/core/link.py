@@ -206,12 +206,12 @@ class Link:
                 out.append(encode(Kind.PONG, 0, self._pong))
                 self._pong = None
             frames = session.data_to_send(limit)
+            if self._ack_now or session.ack_due or (frames and session.ack_worthwhile):
+                out.append(self._ack(session))
             if self._ping_now:
                 self._ping_now = False
                 self._ping_number += 1
                 out.append(encode(Kind.PING, 0, OFFSET.pack(self._ping_number)))
-            if self._ack_now or session.ack_due or (frames and session.ack_worthwhile):
-                out.append(self._ack(session))
             out += frames
         return out
 
