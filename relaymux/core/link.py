@@ -202,9 +202,6 @@ class Link:
         out, self._out = self._out, []
         session = self.session
         if session is not None:
-            if self._pong is not None:
-                out.append(encode(Kind.PONG, 0, self._pong))
-                self._pong = None
             frames = session.data_to_send(limit)
             if self._ack_now or session.ack_due or (frames and session.ack_worthwhile):
                 out.append(self._ack(session))
@@ -212,6 +209,9 @@ class Link:
                 self._ping_now = False
                 self._ping_number += 1
                 out.append(encode(Kind.PING, 0, OFFSET.pack(self._ping_number)))
+            if self._pong is not None:
+                out.append(encode(Kind.PONG, 0, self._pong))
+                self._pong = None
             out += frames
         return out
 
