@@ -289,6 +289,32 @@ class ListenerTests(Base):
         self.assertIn("Too many open files", self.log[0])
         self.assertIn("LimitNOFILE", self.log[0])
 
+    async def test_stop_while_out_of_descriptors(self) -> None:
+        """A listener that waits for descriptors can be stopped, and does not come back."""
+        port, _ = self.listen()
+        port._wait_for_descriptors(OSError(errno.EMFILE, "too many"))
+        await port.stopListening()
+        self.assertFalse(port._pause.active())
+
+    async def test_stop_while_accepting(self) -> None:
+        """A listener that is stopped by what it accepted accepts nothing after it."""
+        port, number = self.listen()
+        build = self.factory.buildProtocol
+
+        def build_one(address: object) -> Any:
+            port.stopListening()
+            return build(address)
+
+        factory: Any = self.factory
+        factory.buildProtocol = build_one
+        raw = []
+        for _ in range(3):
+            raw.append(socket.create_connection(("127.0.0.1", number)))
+            self.addCleanup(raw[-1].close)
+        await self.until(lambda: self.factory.made, "one was accepted")
+        await self.turns()
+        self.assertEqual(len(self.factory.made), 1)
+
     async def test_one_bad_connection(self) -> None:
         """An error that belongs to one waiting connection does not stop the listener."""
         port, number = self.listen()

@@ -305,6 +305,29 @@ class EndTests:
         self.assertEqual(await self.read(peer), b"bye")
         self.assertEqual(protocol.events, ["made", "lost"])
 
+    async def test_close_after_half_close(self: Any) -> None:
+        """Closing when our own end is sent already waits for the peer's end, and not for ever."""
+        protocol = HalfCloser()
+        transport, peer = self.connect(protocol)
+        transport.loseWriteConnection()
+        await self.until(lambda: "write lost" in protocol.events, "our own end was told")
+        peer.send(b"dropped")
+        transport.loseConnection()
+        self.assertIsInstance(await self.lost(protocol), ConnectionDone)
+        self.assertEqual(protocol.events, ["made", "write lost", "lost"])
+
+    async def test_idle_when_nothing_can_be_sent(self: Any) -> None:
+        """Producers that come and go when the output is over do not make the reactor spin."""
+        protocol = HalfCloser()
+        transport, _ = self.connect(protocol)
+        transport.loseWriteConnection()
+        await self.until(lambda: "write lost" in protocol.events, "our own end was told")
+        transport.loseConnection()
+        transport.registerProducer(Producer(), True)
+        transport.unregisterProducer()
+        await self.turns(3)
+        self.assertNotIn(transport, reactor.getWriters())
+
     async def test_flush_deadline(self: Any) -> None:
         """Where a deadline was set, a peer that does not read is aborted."""
         protocol = Recorder()
@@ -499,6 +522,28 @@ class UNIXEndTests(EndTests, Both):
         self.assertEqual(protocol.events, ["made", "write lost", "data", "read lost", "lost"])
         self.assertEqual(producer.calls, ["stop"])
 
+    async def test_failed_write_of_a_pull_producer(self) -> None:
+        """A pull producer whose bytes nobody takes is not asked for more of them."""
+        protocol = HalfCloser()
+        transport, peer = self.connect(protocol)
+        transport.pauseProducing()
+        peer.close()
+        asked: list[None] = []
+
+        class Pulled:
+            def resumeProducing(self) -> None:
+                asked.append(None)
+                transport.write(b"nobody reads this")
+
+            def stopProducing(self) -> None:
+                asked.append(None)
+
+        transport.registerProducer(Pulled(), False)
+        await self.until(lambda: "write lost" in protocol.events, "the failed write was told")
+        await self.turns(3)
+        self.assertEqual(len(asked), 1)
+        self.assertNotIn(transport, reactor.getWriters())
+
     async def test_failed_write_without_half_close(self) -> None:
         """A protocol that knows no half-close gets the peer's last words too, then the loss."""
         protocol = Recorder()
@@ -619,6 +664,15 @@ class TCPEndTests(EndTests, Both):
         transport.resumeProducing()
         self.assertIsInstance(await self.lost(protocol), ConnectionLost)
         self.assertEqual(protocol.events, ["made", "write lost", "lost"])
+
+    async def test_reset_before_closing(self) -> None:
+        """A connection that was reset before it was closed has no clean end, though nothing was queued."""
+        protocol = Recorder()
+        protocol.on_made = lambda: protocol.transport.pauseProducing()
+        transport, peer = self.connect(protocol)
+        reset(peer)
+        transport.loseConnection()
+        self.assertIsInstance(await self.lost(protocol), ConnectionLost)
 
     async def test_reset_while_closing(self) -> None:
         """A peer that resets what we were still sending makes it no clean end."""

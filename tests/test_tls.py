@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
@@ -130,6 +131,17 @@ class EstablishedTests(TLSTestCase):
         client.transport.registerProducer(late := Producer(), True)
         self.assertEqual(late.calls, ["stop"])
 
+    async def test_producer_registered_late(self) -> None:
+        """Who registers while bytes wait is paused at once."""
+        client, server = await self.pair()
+        server.transport.pauseProducing()
+        client.transport.writeBuffers([LARGE] * 3)
+        producer = Producer()
+        client.transport.registerProducer(producer, True)
+        self.assertEqual(producer.calls, ["pause"])
+        server.transport.resumeProducing()
+        await self.until(lambda: producer.calls == ["pause", "resume"], "the producer was resumed")
+
     async def test_pull_producer(self) -> None:
         """A pull producer is asked until it is done, and only then the connection is closed."""
         client, server = await self.pair()
@@ -191,6 +203,23 @@ class EstablishedTests(TLSTestCase):
         self.assertEqual(await serial(), renewed.certificate.serial_number)
 
 
+def flip_one_bit_at(place: int) -> Callable[[bytes, bool], bytes]:
+    """@return: a wire that changes one bit of what the client sends."""
+    passed = 0
+
+    def flip(data: bytes, from_client: bool) -> bytes:
+        nonlocal passed
+        if from_client:
+            start, passed = passed, passed + len(data)
+            if start <= place < passed:
+                wrong = bytearray(data)
+                wrong[place - start] ^= 4
+                return bytes(wrong)
+        return data
+
+    return flip
+
+
 class EndTests(TLSTestCase):
     """How TLS connections end."""
 
@@ -229,26 +258,18 @@ class EndTests(TLSTestCase):
 
     async def test_one_wrong_bit(self) -> None:
         """A changed bit ends the connection with that reason, and nothing changed is delivered."""
-        client, server = await self.pair(wire=True)
-        passed = 0
-
-        def flip(data: bytes, from_client: bool) -> bytes:
-            nonlocal passed
-            if from_client and passed <= 1_000_000 < passed + len(data):
-                wrong = bytearray(data)
-                wrong[1_000_000 - passed] ^= 4
-                data = bytes(wrong)
-            passed += len(data) if from_client else 0
-            return data
-
-        self.wire.mangle = flip
-        client.transport.writeBuffers([LARGE])
-        reason = await self.lost(server)
-        self.assertIsInstance(reason, ConnectionLost)
-        self.assertIn("bad record mac", str(reason))
-        self.assertEqual(server.received, LARGE[: len(server.received)])
-        self.assertGreater(len(server.received), 900_000)
-        self.assertIsInstance(await self.lost(client), ConnectionLost)
+        for engine in (FastEngine, Engine):
+            self.patch(tlssockets, "make_engine", engine)
+            self.client, self.server = RecorderFactory(), RecorderFactory()
+            client, server = await self.pair(wire=True)
+            self.wire.mangle = flip_one_bit_at(1_000_000)
+            client.transport.writeBuffers([LARGE])
+            reason = await self.lost(server)
+            self.assertIsInstance(reason, ConnectionLost)
+            self.assertIn("bad record mac", str(reason))
+            self.assertEqual(server.received, LARGE[: len(server.received)])
+            self.assertGreater(len(server.received), 900_000)
+            self.assertIsInstance(await self.lost(client), ConnectionLost)
 
     async def test_peer_that_does_not_read(self) -> None:
         """Closing takes no longer than its deadline, whatever the peer does."""
@@ -309,7 +330,8 @@ class EndTests(TLSTestCase):
                 await self.lost(client)
 
     async def test_exception_of_the_protocol(self) -> None:
-        """A protocol that raises loses its connection for that reason, also when resumed."""
+        """A protocol that raises loses its connection for that reason, also for what waited decrypted."""
+        self.server = RecorderFactory(PlainRecorder)
         client, server = await self.pair()
 
         def fail() -> None:
@@ -324,6 +346,7 @@ class EndTests(TLSTestCase):
         await self.until(lambda: server.deliveries, "the first bytes arrived")
         server.transport.resumeProducing()
         self.assertIsInstance(await self.lost(server), RuntimeError)
+        self.assertEqual(server.deliveries, 2)
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
 
 

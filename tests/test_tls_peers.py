@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from twisted.logger import Logger, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from relaymux.certificates import CLIENT_AUTH, SERVER_AUTH, Credentials
+from relaymux.certificates import CLIENT_AUTH, SERVER_AUTH, Authority, Credentials
 from relaymux.errors import ConfigurationError, TransportError
 from relaymux.net import tlsconnect, tlscontext, tlssockets
 from relaymux.net.buffers import BufferPool
@@ -64,6 +64,16 @@ class RefusedTests(TLSTestCase):
     async def test_server_of_a_namesake(self) -> None:
         """An authority of the same name with another key is another one."""
         await self._refused_by_client(NAMESAKE.issue("server.example"), "certificate")
+
+    async def test_server_certified_by_a_host(self) -> None:
+        """A host's certificate certifies nobody, though the authority signed it."""
+        host = AUTHORITY.issue("other.example")
+        fake = Authority(host).issue("server.example")
+        files = self.files(fake, "client.example")
+        files.write("host.pem", fake.certificate_pem + host.certificate_pem)
+        error = await self.assertFailure(self.connect(self.serve(files.identity())), TransportError)
+        self.assertIn("may not issue certificates", str(error))
+        self.assertFalse(error.retry)
 
     async def test_server_expired(self) -> None:
         """An expired certificate is refused, with its dates."""

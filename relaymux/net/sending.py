@@ -74,7 +74,7 @@ class SendingSocket(FileDescriptor):
         if self._queue:
             self.startWriting()
             self._hold_producer()
-        elif self.producer is not None and not self.streamingProducer:
+        elif self.producer is not None and not self.streamingProducer and self._output_open:
             self.startWriting()
         if sent and self._receiver is not None:
             self._receiver.buffersWritten(sent)
@@ -83,9 +83,11 @@ class SendingSocket(FileDescriptor):
         sent = self._send() if self._queue else 0
         if sent and self._receiver is not None:
             self._receiver.buffersWritten(sent)
-        if self._queue or not self._output_open:
+        if self._queue:
             return
         self.stopWriting()
+        if not self._output_open:
+            return
         producer: Any = self.producer
         if self._output_ending:
             self._end_output()

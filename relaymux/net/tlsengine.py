@@ -61,6 +61,7 @@ class Engine:
         """
         self.connection = connection
         self._pool = pool
+        self._error: SSL.Error | None = None
 
     def feed(self, data: memoryview) -> None:
         """Encrypted bytes have arrived; they are copied."""
@@ -74,6 +75,8 @@ class Engine:
         @raise SSL.ZeroReturnError: the peer has closed, in order.
         @raise SSL.Error: the peer broke TLS, or refused us with an alert.
         """
+        if self._error is not None:
+            raise self._error
         count = 0
         try:
             while count < len(room):
@@ -81,10 +84,11 @@ class Engine:
                 count += self.connection.recv_into(room[count : count + _RECORD])
         except SSL.WantReadError:
             return count
-        except SSL.Error:
-            # Bytes before what is wrong count; it is found again by the next call.
+        except SSL.Error as error:
+            # Bytes before what is wrong count.
             if not count:
                 raise
+            self._error = error
         return count
 
     def encrypt(self, data: Buffer) -> None:
@@ -122,7 +126,6 @@ class FastEngine(Engine):
         self._incoming = raw._into_ssl
         self._outgoing = raw._from_ssl
         self._raise = raw._raise_ssl_error
-        self._error: Exception | None = None
         # One call then writes all records of a batch.
         _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
 
