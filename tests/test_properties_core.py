@@ -30,6 +30,8 @@ from relaymux.core.events import (
     GoawayReceived,
     HelloReceived,
     LinkEnded,
+    ResumedReceived,
+    ResumeReceived,
     SendingStopped,
     StreamAccepted,
     StreamClosed,
@@ -282,7 +284,7 @@ class Sessions(RuleBasedStateMachine):
                 self.now,
             )
             return
-        assert not isinstance(event, LinkEnded), event
+        assert not isinstance(event, (LinkEnded, ResumeReceived, ResumedReceived)), event
         if isinstance(event, GoawayReceived):
             assert self.goaway[1 - side]
             return
