@@ -8,7 +8,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from relaymux.core.replay import ReplayBuffer
+from relaymux.core.replay import FRAME_COST, ReplayBuffer
 from relaymux.core.schedule import BULK_FRAME, SHARED_FRAME, TurnQueue
 from relaymux.core.stream import ReceiveHalf, ReceiveState, SendHalf, SendState, Stream
 from relaymux.core.window import MAX_OFFSET, ReceiveWindow, SendWindow
@@ -289,13 +289,16 @@ class ReplayBufferTests(SynchronousTestCase):
 
     def buffer(self) -> ReplayBuffer:
         """One that holds frames of 10, 20 and 30 bytes and has room for 40 more."""
-        replay = ReplayBuffer(100)
+        replay = ReplayBuffer(100 + 3 * FRAME_COST)
         for size in (10, 20, 30):
             replay.append((bytes(size - 1), b"x"), size)
         return replay
 
     def test_bounds(self) -> None:
-        """It knows what it holds and what room is left, also when control frames exceed it."""
+        """
+        It knows what it holds and what room is left, also when control frames
+        exceed it; the objects of each frame take room, too.
+        """
         replay = self.buffer()
         self.assertEqual((replay.held_bytes, replay.room, replay.end), (60, 40, 60))
         replay.append((bytes(50),), 50)

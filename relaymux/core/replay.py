@@ -20,6 +20,12 @@ from relaymux.errors import ErrorCode, RemoteProtocolError
 HEAD_ROOM = 256 * 1024
 
 
+#: Bytes of memory that a frame costs here beside its own: its tuple, list and header
+#: objects.  Without it, a capacity filled by frames of a few bytes would be exceeded
+#: several times over.
+FRAME_COST = 256
+
+
 class ReplayBuffer:
     """
     The unacknowledged sequenced frames of one direction, oldest first.
@@ -44,7 +50,7 @@ class ReplayBuffer:
     @property
     def room(self) -> int:
         """Bytes of DATA frames, headers included, that may be added; never negative."""
-        return max(0, self.capacity - self.held_bytes)
+        return max(0, self.capacity - self.held_bytes - FRAME_COST * len(self._frames))
 
     @property
     def full(self) -> bool:

@@ -43,6 +43,11 @@ HELD_DELAY = 2.0
 #: 1 and 3 s, then ever later: a new attempt is sooner.
 HELD_ATTEMPT = 4.0
 
+#: Seconds for which a link must have been up for the next delay to be the first one
+#: again: two daemons of one name, which put one another out, must not do so 5 times
+#: a second for ever.
+SETTLED_SECONDS = 0.25
+
 #: Delays vary by this share, so that many links do not dial in step.
 JITTER = 0.2
 
@@ -65,7 +70,7 @@ class LinkFactory(Factory):
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
 
-    def buildProtocol(self, addr: IAddress | None) -> LinkProtocol:
+    def buildProtocol(self, addr: IAddress | None) -> LinkProtocol | None:
         """See C{IProtocolFactory.buildProtocol}."""
         return self._peer.build_link()
 
@@ -103,6 +108,7 @@ class Dialer:
         self._timer: IDelayedCall | None = None
         self._said = ""
         self._said_at = 0.0
+        self._up_at = float("-inf")
         peer.listener = self
 
     def start(self) -> None:
@@ -120,7 +126,7 @@ class Dialer:
 
     def link_up(self, link: LinkProtocol) -> None:
         """See L{LinkListener.link_up}."""
-        self._delay = FIRST_DELAY
+        self._up_at = self._reactor.seconds()
         self._said = ""
 
     def link_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
@@ -128,8 +134,11 @@ class Dialer:
         if not self._running:
             return
         permanent = code in PERMANENT_CODES
+        if again and self._reactor.seconds() - self._up_at >= SETTLED_SECONDS:
+            self._delay = FIRST_DELAY
         if again:
-            self._wait(FIRST_DELAY)
+            self._wait(self._delay)
+            self._delay = min(2 * self._delay, HELD_DELAY if self._peer.open_streams else MAX_DELAY)
         else:
             self._say(text, permanent=permanent)
             self._again(permanent=permanent)

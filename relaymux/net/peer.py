@@ -48,6 +48,7 @@ from relaymux.errors import (
 from relaymux.net.held import HeldSession
 from relaymux.net.link import LinkProtocol
 from relaymux.net.opening import WaitingRoom
+from relaymux.net.quietlog import QuietLog
 from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import OpenRequest, Service, SessionStreams
 
@@ -56,6 +57,10 @@ __all__ = ["Identity", "LinkListener", "Peer"]
 #: Seconds that the accepting side holds a session beyond the window, so that the
 #: dialling side, which knows whether it is still trying, is the one to give up.
 ACCEPTOR_GRACE = 5.0
+
+#: Connections that may be in their handshake at a time: an honest peer has one, and
+#: a stranger on a plain TCP port cannot use up the descriptors of those that are up.
+MAX_HANDSHAKES = 32
 
 #: Seconds between two looks at whether everything was delivered, while draining.
 DRAIN_INTERVAL = 0.05
@@ -124,15 +129,26 @@ class Peer:
         self._services: dict[str, Service] = {}
         self._waiting = WaitingRoom(name)  # empty with a session
         self._draining = False
+        self._quiet_log = QuietLog(self._log, reactor.seconds)
+        self._handshaking: set[LinkProtocol] = set()  # at most MAX_HANDSHAKES
 
     # Links
 
-    def build_link(self) -> LinkProtocol:
-        """@return: the protocol for a new connection to this peer."""
+    def build_link(self) -> LinkProtocol | None:
+        """@return: the protocol for a new connection; L{None} if too many are in their handshake."""
+        if len(self._handshaking) >= MAX_HANDSHAKES:
+            self._quiet_log.warn(
+                "handshakes",
+                "link {peer}: closing a new connection: {count} others have not said who they are",
+                peer=self.name,
+                count=len(self._handshaking),
+            )
+            return None
         self._number += 1
         return LinkProtocol(self._reactor, self._make_link, self, self._number)
 
     def _make_link(self, protocol: LinkProtocol) -> Link:
+        self._handshaking.add(protocol)
         now = self._reactor.seconds()
         if not self._dialing:
             return Link(local=self._limits, now=now)
@@ -187,6 +203,7 @@ class Peer:
 
     def link_lost(self, link: LinkProtocol, reason: Failure) -> None:
         """See L{LinkOwner.link_lost}."""
+        self._handshaking.discard(link)
         if link.link.ended:
             return  # that was told already
         link.link.detach()
@@ -280,7 +297,7 @@ class Peer:
 
     def _begin_session(self, link: LinkProtocol, remote: Hello, ticket: Ticket) -> None:
         session = Session(dialing=self._dialing, local=self._limits, remote=remote.limits)
-        streams = SessionStreams(session, self.name, self._services, self.flush)
+        streams = SessionStreams(session, self.name, self._services, self.flush, self._quiet_log)
         window = min(self._limits.resume_window, remote.limits.resume_window)
         held = HeldSession(ticket, remote, streams, link.peer_identity, window)
         self._held = held
@@ -311,6 +328,7 @@ class Peer:
     def _attach(self, link: LinkProtocol, held: HeldSession) -> None:
         held.stop_timer()
         held.lost_at = None
+        self._handshaking.discard(link)
         self._link = link
         link.link.attach(held.streams.session, held.remote.limits, self._reactor.seconds())
         if self.listener is not None:

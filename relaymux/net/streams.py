@@ -9,7 +9,6 @@ from typing import Protocol as Contract
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from relaymux.core.events import (
@@ -26,6 +25,7 @@ from relaymux.core.events import (
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, RelaymuxError, SessionLost
 from relaymux.errors import StreamReset as StreamResetError
+from relaymux.net.quietlog import QuietLog
 from relaymux.net.stream import StreamTransport
 
 __all__ = ["OpenRequest", "Service", "SessionStreams"]
@@ -85,16 +85,19 @@ class SessionStreams:
         did not report as taken by its consumer.
     """
 
-    _log = Logger("relaymux.link")
-
     def __init__(
         self,
         session: Session,
         peer_name: str,
         services: Mapping[str, Service],
         flush: Callable[[], None],
+        quiet_log: QuietLog,
     ) -> None:
-        """@param flush: sends what was said on the current link."""
+        """
+        @param flush: sends what was said on the current link.
+        @param quiet_log: for what the peer can cause as often as it likes.
+        """
+        self._quiet_log = quiet_log
         self.session = session
         self.peer_name = peer_name
         self.flush = flush
@@ -154,7 +157,8 @@ class SessionStreams:
     def _opened(self, event: StreamOpened) -> None:
         service = self._services.get(event.service)
         if service is None:
-            self._log.warn(
+            self._quiet_log.warn(
+                event.service,
                 "link {peer}: the peer asked for {service}, which no section with 'connect' serves here",
                 peer=self.peer_name,
                 service=event.service,
