@@ -284,16 +284,20 @@ class EndTests:
 
     async def test_close_is_no_reset_for_a_talking_peer(self: Any) -> None:
         """A peer that is sending while we close reads all we sent and then an end, not a reset."""
-        protocol = Recorder()
-        transport, peer = self.connect(protocol)
-        self.fill(peer)
-        transport.writeBuffers([LARGE])
-        transport.loseConnection()
-        await self.send(peer, LARGE)
-        self.assertEqual(await self.read(peer), LARGE)
-        peer.close()
-        self.assertIsInstance(await self.lost(protocol), ConnectionDone)
-        self.assertEqual(protocol.received, b"")
+        for paused in (False, True):
+            protocol = Recorder()
+            transport, peer = self.connect(protocol)
+            self.fill(peer)
+            transport.writeBuffers([LARGE])
+            if paused:
+                transport.pauseProducing()
+                await self.turns(3)
+            transport.loseConnection()
+            await self.send(peer, LARGE)
+            self.assertEqual(await self.read(peer), LARGE)
+            peer.close()
+            self.assertIsInstance(await self.lost(protocol), ConnectionDone)
+            self.assertEqual(protocol.received, b"")
 
     async def test_close_does_not_wait_for_ever(self: Any) -> None:
         """A peer that never ends its output does not keep a closed connection."""

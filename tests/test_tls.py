@@ -15,7 +15,7 @@ from zope.interface.verify import verifyObject
 from relaymux.interfaces import IBufferTransport, IIdentifiedTransport
 from relaymux.net import tlsengine, tlssockets
 from relaymux.net.buffers import BufferPool
-from relaymux.net.tlsengine import Engine, FastEngine, make_engine
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine, make_engine
 from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
 from tests.tls import AUTHORITY, SERVER, TLSTestCase
 
@@ -44,6 +44,12 @@ class EstablishedTests(TLSTestCase):
         await self.until(lambda: self.server.made, "the server knew its peer")
         self.assertEqual(client.transport.peerIdentity, "ip:127.0.0.1")
         self.assertEqual(self.server.made[0].transport.peerIdentity, "ip:2001:db8::1")
+
+    async def test_server_with_a_wildcard(self) -> None:
+        """To a client, a server's certificate may be for a whole domain, as everywhere with TLS."""
+        host = AUTHORITY.issue("a whole domain", ["*.hosts.example"])
+        client = await self.connect(self.listen(host), peer="hv-a.hosts.example")
+        self.assertEqual(client.transport.peerIdentity, "dns:hv-a.hosts.example")
 
     async def test_intermediate_authority(self) -> None:
         """The certificate file may hold a chain, of which the peer believes only the root."""
@@ -121,6 +127,8 @@ class EstablishedTests(TLSTestCase):
         self.assertEqual(producer.calls, ["pause"])
         await self.turns(20)
         self.assertGreater(client.transport.queuedBytes, 0)
+        waiting = client.transport._socket.queuedBytes
+        self.assertLess(waiting, 2 * CIPHER_BUFFER_SIZE, "only what the kernel will take next is encrypted")
         self.assertEqual(producer.calls, ["pause"])
         server.transport.resumeProducing()
         await self.until(lambda: producer.calls == ["pause", "resume"], "the producer was resumed")

@@ -130,7 +130,8 @@ class RefusedTests(TLSTestCase):
 
     async def test_client_with_a_wildcard(self) -> None:
         """A certificate for a whole domain is not one for the host."""
-        await self._refused_by_server(AUTHORITY.issue("*.example"), "dns:*.example")
+        host = AUTHORITY.issue("a whole domain", ["*.hosts.example"])
+        await self._refused_by_server(host, "dns:*.hosts.example", peer="client.hosts.example")
 
     async def test_client_with_a_longer_name(self) -> None:
         """Names are compared as a whole."""
