@@ -8,7 +8,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from relaymux.core.replay import FRAME_COST, ReplayBuffer
+from relaymux.core.replay import FRAME_COST, HEAD_ROOM, ReplayBuffer
 from relaymux.core.schedule import BULK_FRAME, SHARED_FRAME, TurnQueue
 from relaymux.core.stream import ReceiveHalf, ReceiveState, SendHalf, SendState, Stream
 from relaymux.core.window import MAX_OFFSET, ReceiveWindow, SendWindow
@@ -304,6 +304,23 @@ class ReplayBufferTests(SynchronousTestCase):
         replay.append((bytes(50),), 50)
         self.assertEqual((replay.held_bytes, replay.room, replay.end), (110, 0, 110))
 
+    def test_many_small_frames(self) -> None:
+        """Each frame counts with the memory that it costs beside its bytes."""
+        replay = ReplayBuffer(100 * FRAME_COST)
+        frames = 0
+        while replay.room:
+            replay.append((b"x",), 1)
+            frames += 1
+        self.assertLess(frames, 101)
+
+    def test_full(self) -> None:
+        """Control frames have room of their own, which has an end, too."""
+        replay = ReplayBuffer(100)
+        replay.append((bytes(100 + HEAD_ROOM - 1),), 100 + HEAD_ROOM - 1)
+        self.assertFalse(replay.full)
+        replay.append((b"x",), 1)
+        self.assertTrue(replay.full)
+
     def test_acknowledge(self) -> None:
         """Acks are cumulative; one heard before is no news."""
         replay = self.buffer()
@@ -313,7 +330,7 @@ class ReplayBufferTests(SynchronousTestCase):
         self.assertEqual((replay.held_bytes, replay.acknowledged), (30, 30))
         self.assertEqual([join(frame) for frame in replay.unacknowledged()], [bytes(29) + b"x"])
         self.assertTrue(replay.acknowledge(60))
-        self.assertEqual((replay.held_bytes, replay.room), (0, 100))
+        self.assertEqual((replay.held_bytes, replay.room), (0, replay.capacity))
         self.assertEqual(list(replay.unacknowledged()), [])
 
     def test_wrong_acks(self) -> None:

@@ -260,7 +260,7 @@ class Session:
         return self.rx_next - self.rx_acknowledged >= self._ack_bytes // ACK_RIDE_SHARE
 
     def take_drained(self) -> list[int]:
-        """@return: streams whose queue ran empty since the last call: their producers may go on."""
+        """@return: streams whose queue, or FIN, has left since the last call: their producers may go on."""
         drained, self._drained = self._drained, []
         return drained
 
@@ -326,8 +326,8 @@ class Session:
             buffers.insert(0, data_header(stream_id, size))
             self.replay.append(buffers, size + HEADER_BYTES)
             out += buffers
-            if not send.queued:
-                self._drained.append(stream_id)
+        if not send.queued:
+            self._drained.append(stream_id)
         if send.state is SendState.FINISHING and not send.queued:
             send.state = SendState.ENDED
             self._emit(out, encode(Kind.FIN, stream_id, FIN.pack(send.window.sent)))

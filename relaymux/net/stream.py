@@ -9,7 +9,6 @@ the socket at the far end, one window of bytes later.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,22 +22,20 @@ from twisted.internet.interfaces import (
     IPushProducer,
     ITransport,
 )
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from relaymux.core.stream import ReceiveState, SendState
-from relaymux.errors import ErrorCode, LocalError, StreamReset
+from relaymux.errors import ErrorCode, StreamReset
 from relaymux.interfaces import Buffer, IBufferReceiver, IBufferTransport, IHalfReadTransport
+from relaymux.net.inbox import Inbox
+from relaymux.net.producing import ProducerSlot
 
 if TYPE_CHECKING:
     from relaymux.net.streams import SessionStreams
 
 __all__ = ["StreamAddress", "StreamTransport"]
-
-#: Pieces shorter than this are copied when they have to wait.  A view of pooled
-#: memory pins a whole buffer of 256 KiB, so what waits in pieces of this length
-#: pins at most four times its own; shorter ones are gathered.
-WAITING_PIECE = 64 * 1024
 
 
 @implementer(IAddress)
@@ -59,13 +56,16 @@ class StreamTransport:
     One stream of a session.
 
     Made when the stream is opened; received bytes wait (within the stream's
-    window) until L{begin} gives it a protocol.
+    window) until L{begin} gives it a protocol.  An exception of the protocol, or
+    of a producer, is logged and resets this stream; it harms no other.
 
     @ivar stream_id: the id on the wire.
     @ivar service: the name of the service that was asked for.
     @ivar outgoing: whether this side opened it.
     @ivar connected: whether C{connectionLost} was not called yet.
     """
+
+    _log = Logger("relaymux.link")
 
     disconnecting = False
 
@@ -81,14 +81,13 @@ class StreamTransport:
         self._manual_credit = False
         self._paused = False
         self._delivering = False
-        # Bounded by the stream's window; a bytearray is still being filled.
-        self._inbound: deque[memoryview | bytearray] = deque()
+        self._inbox = Inbox()
+        self._producer = ProducerSlot()
+        self._ending: Failure | None = None
         self._stopped_pending = False
+        self._finish_pending = False  # the peer's end was not told yet
+        self._finishing = False  # our end has not left yet
         self._given_up: Callable[[], None] | None = None
-        self._finish_pending = False
-        self._producer: Any = None  # IPushProducer, or IPullProducer: not streaming
-        self._streaming = False
-        self._held = False
 
     def begin(self, protocol: IProtocol, *, manual_credit: bool = False) -> None:
         """
@@ -98,12 +97,17 @@ class StreamTransport:
             with L{consumed} when it is done with bytes.  Otherwise bytes count as
             consumed when the protocol has returned from receiving them.
         """
+        self._given_up = None
+        if self._ending is not None:
+            # It was over before there was anybody to be told.
+            self._call(protocol.makeConnection, self)
+            self._call(protocol.connectionLost, self._ending)
+            return
         self._protocol = protocol
         self._manual_credit = manual_credit
         if IBufferReceiver.providedBy(protocol):
             self._receiver = protocol
-        self._given_up = None
-        protocol.makeConnection(self)
+        self._call(protocol.makeConnection, self)
         self._deliver()
         if self._stopped_pending:
             self._stopped_pending = False
@@ -124,9 +128,10 @@ class StreamTransport:
     def refuse(self, code: int, text: str) -> None:
         """Tell the peer why it cannot be connected, in one line."""
         if self.connected:
-            self._streams.handle(self._session.refuse(self.stream_id, code, text))
-            self._streams.flush()
+            events = self._session.refuse(self.stream_id, code, text)
             self.ended(Failure(StreamReset(code, text)))
+            self._streams.handle(events)
+            self._streams.flush()
 
     # ITransport, IConsumer, IBufferTransport: from our side to the peer.
 
@@ -140,6 +145,11 @@ class StreamTransport:
         """Whether this side may still write."""
         stream = self._session.streams.get(self.stream_id)
         return self.connected and stream is not None and stream.send.state is SendState.OPEN
+
+    @property
+    def _is_finishing(self) -> bool:
+        stream = self._session.streams.get(self.stream_id)
+        return stream is not None and stream.send.state is SendState.FINISHING
 
     @property
     def readable(self) -> bool:
@@ -166,30 +176,33 @@ class StreamTransport:
         for buffer in buffers:
             self._session.write(self.stream_id, buffer)
         self._streams.flush()
-        self._hold_producer()
+        if self.queuedBytes:
+            self._call(self._producer.hold)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """See C{IConsumer.registerProducer}."""
-        if self._producer is not None:
-            raise LocalError(f"stream {self.stream_id} has a producer already")
         if not self.writable:
             producer.stopProducing()
             return
-        self._producer, self._streaming, self._held = producer, streaming, False
-        if streaming:
-            self._hold_producer()
-        else:
-            producer.resumeProducing()
+        self._producer.put(producer, streaming)
+        if self.queuedBytes:
+            self._call(self._producer.hold)
 
     def unregisterProducer(self) -> None:
         """See C{IConsumer.unregisterProducer}."""
-        self._producer = None
+        self._producer.remove()
         if self.disconnecting:
             self.loseWriteConnection()
 
     def loseWriteConnection(self) -> None:
-        """Half-close: what was written still arrives, then the peer sees the end."""
+        """
+        Half-close: what was written still arrives, then the peer sees the end.
+
+        As with Twisted's own, C{writeConnectionLost} tells that all has left,
+        which may be before this returns.
+        """
         if self.writable:
+            self._finishing = True
             self._session.finish(self.stream_id)
             self._streams.flush()
 
@@ -201,11 +214,12 @@ class StreamTransport:
         """
         Close: what was written still arrives; what the peer still sends is dropped.
 
-        C{connectionLost} comes when the peer has everything.
+        A registered producer is let come to its end before.  C{connectionLost}
+        comes when the peer has everything.
         """
         if self.connected and not self.disconnecting:
             self.disconnecting = True
-            if self._producer is None or not self._streaming:
+            if not self._producer:
                 self.loseWriteConnection()
             self.stop_receiving(ErrorCode.LOCAL_CLOSED)
 
@@ -221,16 +235,18 @@ class StreamTransport:
         """
         if not self.connected:
             return
-        if self.stream_id in self._session.streams:
-            events = self._session.abort(self.stream_id, code)
-            self._streams.handle(events)
-            self._streams.flush()
+        known = self.stream_id in self._session.streams
+        events = self._session.abort(self.stream_id, code) if known else []
+        # Told first, with this reason: the events may say that all else had ended in order.
         self.ended(reason or Failure(StreamReset(code)))
+        self._streams.handle(events)
+        self._streams.flush()
 
     def stop_receiving(self, code: int) -> None:
         """Take nothing more from the peer and tell it C{code}."""
         if self.readable:
-            self._drop_inbound()
+            self._inbox.clear()
+            self._finish_pending = False
             events = self._session.stop(self.stream_id, code)
             self._streams.flush()
             self._streams.handle(events)
@@ -269,10 +285,12 @@ class StreamTransport:
 
     def data_received(self, buffers: list[memoryview]) -> None:
         """Bytes arrived."""
-        if self._paused or self._inbound or self._protocol is None or self._delivering:
-            self._keep(buffers)
+        if self._paused or self._inbox or self._protocol is None or self._delivering:
+            self._inbox.add(buffers)
         else:
-            self._inbound.extend(buffers)
+            self._delivering = True
+            self._give(buffers)
+            self._delivering = False
         self._deliver()
 
     def finished(self) -> None:
@@ -282,43 +300,57 @@ class StreamTransport:
 
     def sending_stopped(self) -> None:
         """The peer takes nothing more from us."""
-        half_closeable = IHalfCloseableProtocol(self._protocol, None)
+        self._finishing = False
         if self._protocol is None:
             self._stopped_pending = True
+            return
+        self._call(self._producer.stop)
+        half_closeable = IHalfCloseableProtocol(self._protocol, None)
+        if self.disconnecting:
+            pass  # nobody wants to know; what is lost is told when all is over
         elif half_closeable is not None:
-            self._producer = None
-            half_closeable.writeConnectionLost()
+            self._call(half_closeable.writeConnectionLost)
         else:
-            self._stop_producer()
             self.loseConnection()
 
     def drained(self) -> None:
-        """Everything written is on the link."""
-        if self._held:
-            self._held = False
-            if self._producer is not None:
-                self._producer.resumeProducing()
-        elif self._producer is not None and not self._streaming:
-            self._producer.resumeProducing()
+        """Everything written, and our end if it was to follow, is on the link."""
+        if self.writable:
+            self._call(self._producer.go_on)
+        elif self._finishing and not self._is_finishing:
+            self._finishing = False
+            half_closeable = IHalfCloseableProtocol(self._protocol, None)
+            if half_closeable is not None and not self.disconnecting:
+                self._call(half_closeable.writeConnectionLost)
 
     def ended(self, reason: Failure) -> None:
         """The stream is over; the protocol is told once."""
         if not self.connected:
             return
         self.connected = False
-        self._drop_inbound()
-        self._stop_producer()
-        self._streams.gone(self)
+        self._ending = reason
+        self._inbox.clear()
+        self._call(self._producer.stop)
+        self._streams.gone(self, reason)
         protocol, self._protocol = self._protocol, None
         given_up, self._given_up = self._given_up, None
         if protocol is not None:
-            protocol.connectionLost(reason)
+            self._call(protocol.connectionLost, reason)
         elif given_up is not None:
-            given_up()
+            self._call(given_up)
 
-    def closed(self) -> None:
-        """Both directions ended in order."""
-        self.ended(Failure(ConnectionDone()))
+    def closed(self, reason: Failure | None = None) -> None:
+        """
+        Both directions have ended.
+
+        @param reason: why that is no good; L{None} if it was in order.
+        """
+        half_closeable = IHalfCloseableProtocol(self._protocol, None)
+        if self._finish_pending and half_closeable is not None:
+            # The consumer was given the last bytes just now, and hears of their end first.
+            self._finish_pending = False
+            self._call(half_closeable.readConnectionLost)
+        self.ended(reason or Failure(ConnectionDone()))
 
     # Inside.
 
@@ -326,59 +358,43 @@ class StreamTransport:
         if self._delivering or self._protocol is None:
             return
         self._delivering = True
-        try:
-            while self._inbound and not self._paused and self.connected:
-                buffers = tuple(
-                    memoryview(piece).toreadonly() if isinstance(piece, bytearray) else piece
-                    for piece in self._inbound
-                )
-                self._inbound.clear()
-                self._give(buffers)
-        finally:
-            self._delivering = False
-        if self._finish_pending and not self._inbound and not self._paused and self.connected:
+        while self._inbox and not self._paused and self.connected:
+            self._give(self._inbox.take())
+        self._delivering = False
+        if self._finish_pending and not self._inbox and not self._paused and self.connected:
             self._finish_pending = False
             half_closeable = IHalfCloseableProtocol(self._protocol, None)
             if half_closeable is not None:
-                half_closeable.readConnectionLost()
+                self._call(half_closeable.readConnectionLost)
             else:
+                self._call(self._producer.stop)
                 self.loseConnection()
-
-    def _keep(self, buffers: Sequence[memoryview]) -> None:
-        """Let C{buffers} wait without pinning much more memory than they are long."""
-        for buffer in buffers:
-            last = self._inbound[-1] if self._inbound else None
-            if len(buffer) >= WAITING_PIECE:
-                self._inbound.append(buffer)
-            elif isinstance(last, bytearray) and len(last) < WAITING_PIECE:
-                last += buffer
-            else:
-                self._inbound.append(bytearray(buffer))
 
     def _give(self, buffers: Sequence[memoryview]) -> None:
         assert self._protocol is not None
+        given = sum(map(len, buffers))
         if self._receiver is not None:
-            self._receiver.buffersReceived(buffers)
+            self._call(self._receiver.buffersReceived, buffers)
         else:
-            for index, buffer in enumerate(buffers):
-                self._protocol.dataReceived(bytes(buffer))
-                if self._paused or not self.connected:
-                    self._inbound.extendleft(reversed(buffers[index + 1 :]))
-                    buffers = buffers[: index + 1]
+            given = 0
+            for number, buffer in enumerate(buffers, 1):
+                given += len(buffer)
+                self._call(self._protocol.dataReceived, bytes(buffer))
+                if not self.readable:
+                    return  # it has closed, and wants nothing more
+                if self._paused:
+                    self._inbox.put_back(buffers[number:])
                     break
         if not self._manual_credit:
-            self.consumed(sum(map(len, buffers)))
+            self.consumed(given)
 
-    def _drop_inbound(self) -> None:
-        self._inbound.clear()
-        self._finish_pending = False
-
-    def _hold_producer(self) -> None:
-        if self._streaming and self._producer is not None and not self._held and self.queuedBytes:
-            self._held = True
-            self._producer.pauseProducing()
-
-    def _stop_producer(self) -> None:
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            producer.stopProducing()
+    def _call(self, call: Callable[..., object], *args: object) -> None:
+        """Call what others have written."""
+        try:
+            call(*args)
+        except Exception:
+            reason = Failure()
+            self._log.failure(
+                "{address}: exception from its user, resetting the stream", address=self.getPeer()
+            )
+            self.abort(ErrorCode.INTERNAL_ERROR, reason)

@@ -9,6 +9,7 @@ from typing import Protocol as Contract
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from relaymux.core.events import (
@@ -85,6 +86,8 @@ class SessionStreams:
         did not report as taken by its consumer.
     """
 
+    _log = Logger("relaymux.link")
+
     def __init__(
         self,
         session: Session,
@@ -139,12 +142,15 @@ class SessionStreams:
             if stream is not None:
                 stream.drained()
 
-    def gone(self, stream: StreamTransport) -> None:
+    def gone(self, stream: StreamTransport, reason: Failure) -> None:
         """C{stream} is over."""
         self._streams.pop(stream.stream_id, None)
         request = self._unanswered.pop(stream.stream_id, None)
         if request is not None:
-            request.fail(StreamResetError(ErrorCode.ABORTED, "the stream ended before it was answered"))
+            error = reason.value
+            if not isinstance(error, RelaymuxError):
+                error = StreamResetError(ErrorCode.ABORTED, "the stream ended before it was answered")
+            request.fail(error)
 
     def fail_all(self, error: SessionLost) -> None:
         """The session is over."""
@@ -168,13 +174,22 @@ class SessionStreams:
             return
         stream = StreamTransport(self, event.stream_id, event.service, outgoing=False)
         self._streams[event.stream_id] = stream
-        service.stream_opened(stream)
+        try:
+            service.stream_opened(stream)
+        except Exception:
+            self._log.failure(
+                "link {peer}: exception from service {service}, resetting stream {stream}",
+                peer=self.peer_name,
+                service=event.service,
+                stream=event.stream_id,
+            )
+            stream.abort(ErrorCode.INTERNAL_ERROR)
 
     def _closed(self, stream: StreamTransport, event: StreamClosed) -> None:
         missing = event.accepted - event.delivered
         if missing:
             text = f"the other end did not take the last {missing} bytes"
-            stream.ended(Failure(StreamResetError(ErrorCode.LOCAL_CLOSED, text)))
+            stream.closed(Failure(StreamResetError(ErrorCode.LOCAL_CLOSED, text)))
         else:
             stream.closed()
 
