@@ -291,9 +291,10 @@ class LocalDialer:
 
 
 def _amount(count: float) -> str:
-    """C{"1.5 MiB"}"""
+    """C{"1.5 MiB (1572864 bytes)"}: one to read, one to add up."""
+    exact = f"{count} bytes"
     unit = 0
     while count >= 1024 and unit < len(_UNITS) - 1:
         count /= 1024
         unit += 1
-    return f"{count:.1f} {_UNITS[unit]}" if unit else f"{count} bytes"
+    return f"{count:.1f} {_UNITS[unit]} ({exact})" if unit else exact
