@@ -154,6 +154,11 @@ class EndsTestCase(SynchronousTestCase):
         self.assertEqual(len(found), 1, f"has not failed: {deferred}")
         return found[0].value
 
+    def assert_no_timers(self, ends: Ends) -> None:
+        """Nobody wants to be called at any time any more."""
+        ends.clock.advance(0)  # the connection's own turn
+        self.assertEqual(ends.clock.getDelayedCalls(), [])
+
     def assert_idle(self, ends: Ends) -> None:
         """Nothing is left of any stream, on either side."""
         self.assertEqual((ends.near.open_streams, ends.far.open_streams), (0, 0))

@@ -253,6 +253,21 @@ class OpeningTests(SynchronousTestCase):
         core.session.write(1, b"on")
         self.assertEqual(core.say(), [(DATA, 1, b"on")])
 
+    def test_deliveries_are_reported_after_goaway(self) -> None:
+        """A peer that is going away hears of every byte that was taken, at once."""
+        core = Core().shake(replay=1 << 30).opened_by_peer()
+        core.hear(opening(3), frame(DATA, 1, b"abcdef"), frame(DATA, 3, b"xyz"), frame(FIN, 3, u64(3)))
+        core.session.consumed(1, 4)
+        core.session.consumed(3, 1)
+        self.assertEqual(core.say(), [])
+        core.hear(frame(GOAWAY, 0, u16(37) + b"bye"))
+        self.assertEqual(core.say(), [(CREDIT, 1, u64(2052, 4)), (CREDIT, 3, u64(2049, 1))])
+        core.session.consumed(1, 1)
+        core.session.consumed(3, 1)
+        self.assertEqual(core.say(), [(CREDIT, 1, u64(2053, 5)), (CREDIT, 3, u64(2050, 2))])
+        core.session.consumed(3, 1)
+        self.assertEqual(core.say(), [(CLOSED, 3, u16(0) + u64(3))])
+
     def test_after_the_peers_goaway(self) -> None:
         """Nothing is opened at a peer that is going away."""
         core = Core(dialing=True).shake()

@@ -220,7 +220,7 @@ class Session:
         stream = self.streams.get(stream_id)
         if stream is None or stream.receive.state not in (ReceiveState.OPEN, ReceiveState.FINISHED):
             return []
-        if stream.receive.consume(count):
+        if stream.receive.consume(count) or self._goaway_received:
             self._credit_due[stream_id] = None
         return self._end_receive(stream, ErrorCode.NO_ERROR)
 
@@ -460,6 +460,10 @@ class Session:
         if self._goaway_received:
             return []
         self._goaway_received = True
+        # A peer that is about to end wants to know what was delivered, to the last byte.
+        for stream in self.streams.values():
+            if stream.receive.state in (ReceiveState.OPEN, ReceiveState.FINISHED):
+                self._credit_due[stream.stream_id] = None
         return [GoawayReceived(code, text)]
 
     # Shared by the above.

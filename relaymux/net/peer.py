@@ -219,14 +219,11 @@ class Peer:
             link.end(link.link.reject(ErrorCode.SHUTTING_DOWN, "shutting down"))
             return
         if self._held is not None and hello.name != self.daemon:
-            self._log.warn(
-                "link {peer}: refused daemon {daemon}, as daemon {current} has the session;"
-                " give each a [link] section of its own",
-                peer=self.name,
-                daemon=hello.name,
-                current=self.daemon,
+            text = (
+                f"refused daemon {hello.name}, as daemon {self.daemon} has the session;"
+                " give each a [link] section of its own"
             )
-            link.end(link.link.reject(ErrorCode.BUSY, f"daemon {self.daemon} is connected already"))
+            link.end(link.link.reject(ErrorCode.BUSY, text))
             return
         if self._held is not None:
             self._replace_session(self._held, hello)
@@ -372,6 +369,13 @@ class Peer:
     def _tell_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
         if self.listener is not None:
             self.listener.link_down(link, code, text, again=again)
+        elif not again:
+            self._quiet_log.warn(
+                ("refused", code),
+                "link {peer}: a new connection came to nothing: {why}",
+                peer=self.name,
+                why=text,
+            )
 
     def _hold(self, held: HeldSession, text: str) -> None:
         seconds = held.window + (0.0 if self._dialing else ACCEPTOR_GRACE)

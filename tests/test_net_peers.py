@@ -1,0 +1,778 @@
+"""Two daemons and their link: opening, refusing, losing, replacing, draining."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from twisted.internet.error import ConnectionDone
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import capturedLogs, formatEvent
+from twisted.python.failure import Failure
+
+from relaymux.core.handshake import Limits
+from relaymux.core.link import HANDSHAKE_SECONDS
+from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
+from relaymux.net.link import CLOSE_SECONDS, LinkProtocol
+from relaymux.net.peer import Peer
+from relaymux.net.stream import StreamTransport
+from relaymux.testing.memory import MemoryConnection
+from relaymux.testing.recording import Feeder, HalfCloseRecorder, Recorder
+from tests.peers import LARGE, LIMITS, WINDOW, Acceptor, Ends, EndsTestCase, Undecided, stamped
+from tests.test_core_bad_input import CASES
+from tests.wire import BYE, DATA, REJECT, WELCOME, frame, hello, opening, parse, u16
+
+
+class PeerTestCase(EndsTestCase):
+    """Runs with what was logged at hand."""
+
+    def setUp(self) -> None:
+        logged = capturedLogs()
+        self.events: Any = logged.__enter__()
+        self.addCleanup(logged.__exit__, None, None, None)
+
+    def lines(self, *words: str) -> list[str]:
+        """@return: the log lines with all of C{words}."""
+        lines = [formatEvent(event) for event in self.events]
+        return [line for line in lines if all(word in line for word in words)]
+
+
+class OpeningTests(PeerTestCase):
+    """Asking for streams."""
+
+    def test_accepted(self) -> None:
+        """Either daemon may open; streams have ids of their own side."""
+        ends = Ends()
+        for opener, server in ((ends.near, ends.far), (ends.far, ends.near)):
+            service = Acceptor()
+            server.register("vda", service)
+            stream = ends.open(HalfCloseRecorder(), opener=opener)
+            self.assertEqual(stream.stream_id, service.streams[0].stream_id)
+            self.assertEqual(stream.stream_id % 2, opener is ends.near)
+            self.assertEqual((stream.outgoing, service.streams[0].outgoing), (True, False))
+
+    def test_refused(self) -> None:
+        """A refusal's code and text reach who asked; nothing is left of the stream."""
+
+        class Refusing:
+            def stream_opened(self, stream: StreamTransport) -> None:
+                stream.refuse(ErrorCode.CONNECT_FAILED, "stream ram: there is no such socket")
+
+        ends = Ends()
+        ends.far.register("ram", Refusing())
+        request = ends.near.open_stream("ram", 10.0)
+        ends.settle()
+        error = self.failed(request)
+        self.assertIsInstance(error, StreamReset)
+        self.assertEqual(error.code, ErrorCode.CONNECT_FAILED)
+        self.assertEqual(str(error), "stream ram: there is no such socket")
+        self.assert_idle(ends)
+
+    def test_unknown_service(self) -> None:
+        """A service that nobody offers is refused by name, and logged where it was asked for."""
+        ends = Ends()
+        request = ends.near.open_stream("vdz", 10.0)
+        ends.settle()
+        error = self.failed(request)
+        self.assertEqual(error.code, ErrorCode.UNKNOWN_SERVICE)
+        self.assertIn("vdz", str(error))
+        self.assertEqual(len(self.lines("link near", "vdz")), 1)
+        self.assert_idle(ends)
+
+    def test_services(self) -> None:
+        """A name is registered once; unregistered, it is refused again."""
+        ends = Ends()
+        ends.far.register("vda", Acceptor())
+        with self.assertRaises(LocalError):
+            ends.far.register("vda", Acceptor())
+        ends.far.unregister("vda")
+        request = ends.near.open_stream("vda", 10.0)
+        ends.settle()
+        self.assertEqual(self.failed(request).code, ErrorCode.UNKNOWN_SERVICE)
+
+    def test_no_service_name(self) -> None:
+        """A name that could not travel is the caller's mistake."""
+        ends = Ends()
+        self.assertIsInstance(self.failed(ends.near.open_stream("../run", 10.0)), LocalError)
+
+    def test_order(self) -> None:
+        """Streams are opened in the order in which they were asked for, and before the link is there."""
+        ends = Ends(connect=False)
+        service = Undecided()
+        for name in "abcdef":
+            ends.far.register(name, service)
+        for name in "abc":
+            ends.near.open_stream(name, 10.0)
+        ends.connect()
+        for name in "de":
+            ends.near.open_stream(name, 10.0)
+        ends.settle()
+        ends.near.open_stream("f", 10.0)
+        ends.settle()
+        self.assertEqual([stream.service for stream in service.streams], list("abcdef"))
+
+    def test_no_answer(self) -> None:
+        """Without an answer in time the request fails and the peer's end is told."""
+        ends = Ends()
+        service = Undecided()
+        ends.far.register("vda", service)
+        request = ends.near.open_stream("vda", 10.0)
+        ends.advance(9.9)
+        self.assertNoResult(request)
+        ends.advance(0.2)
+        error = self.failed(request)
+        self.assertEqual(error.code, ErrorCode.OPEN_TIMEOUT)
+        self.assertIn("hv-far", str(error))
+        self.assertIn("10 s", str(error))
+        self.assertFalse(service.streams[0].connected)
+        # A late answer is nobody's business any more.
+        service.streams[0].accept()
+        service.streams[0].refuse(1, "late")
+        ends.settle()
+        self.assertTrue(ends.near.is_up)
+        self.assert_idle(ends)
+
+    def test_answer_crosses_the_timeout(self) -> None:
+        """An answer that is under way when time is up does no harm."""
+        for refused in (False, True):
+            ends = Ends()
+            service = Undecided()
+            ends.far.register("vda", service)
+            request = ends.near.open_stream("vda", 10.0)
+            ends.settle()
+            ends.connection.stall()
+            if refused:
+                service.streams[0].refuse(ErrorCode.CONNECT_FAILED, "no")
+            else:
+                service.streams[0].accept()
+            ends.advance(10.1)
+            self.assertEqual(self.failed(request).code, ErrorCode.OPEN_TIMEOUT)
+            ends.connection.release()
+            ends.settle()
+            self.assertTrue(ends.near.is_up)
+            self.assert_idle(ends)
+
+    def test_no_link(self) -> None:
+        """Without a link in time the request fails and says so."""
+        ends = Ends(connect=False)
+        request = ends.near.open_stream("vda", 10.0)
+        ends.clock.advance(9.9)
+        self.assertNoResult(request)
+        ends.clock.advance(0.2)
+        error = self.failed(request)
+        self.assertEqual(error.code, ErrorCode.OPEN_TIMEOUT)
+        self.assertIn("link far was not up", str(error))
+        ends.far.register("vda", Undecided())
+        ends.connect()
+        ends.settle()
+        self.assert_idle(ends)
+
+    def test_cancelled(self) -> None:
+        """A request may be taken back before there is a link, and after the question was asked."""
+        ends = Ends(connect=False)
+        service = Undecided()
+        ends.far.register("vda", service)
+        first = ends.near.open_stream("vda", 10.0)
+        first.cancel()
+        self.failed(first)
+        ends.connect()
+        ends.settle()
+        self.assertEqual(service.streams, [])
+        second = ends.near.open_stream("vda", 10.0)
+        ends.settle()
+        second.cancel()
+        self.failed(second)
+        ends.settle()
+        self.assertFalse(service.streams[0].connected)
+        self.assert_idle(ends)
+        ends.advance(20)
+
+    def test_too_many_waiting(self) -> None:
+        """What waits for a link is bounded."""
+        ends = Ends(connect=False)
+        waiting = [ends.near.open_stream("vda", 10.0) for _ in range(1024)]
+        self.assertIsInstance(self.failed(ends.near.open_stream("vda", 10.0)), LocalError)
+        self.assertNoResult(waiting[0])
+        for request in waiting:
+            request.addErrback(lambda _: None)
+        ends.clock.advance(10.1)
+
+    def test_too_many_open(self) -> None:
+        """More streams than the peer allows fail here, with its number; a closed one makes room."""
+        ends = Ends()
+        service = Acceptor()
+        ends.far.register("vda", service)
+        streams = [ends.open(HalfCloseRecorder()) for _ in range(LIMITS.max_streams)]
+        error = self.failed(ends.near.open_stream("vda", 10.0))
+        self.assertIn(str(LIMITS.max_streams), str(error))
+        streams[3].abortConnection()
+        ends.settle()
+        ends.open(HalfCloseRecorder())
+
+    def test_sequence_of_many(self) -> None:
+        """Far more streams than may be open at once, one after the other."""
+        ends = Ends()
+        ends.far.register("vda", Acceptor(Recorder))
+        for number in range(300):
+            protocol = HalfCloseRecorder()
+            stream = ends.open(protocol)
+            stream.write(b"x")
+            if number % 3:
+                stream.loseConnection()
+            else:
+                stream.abortConnection()
+            ends.settle()
+        self.assert_idle(ends)
+
+
+class LossTests(PeerTestCase):
+    """The link goes away."""
+
+    def streams(self, **options: Any) -> tuple[Ends, list[Any]]:
+        """@return: two ends with a busy, a half-closed and an unanswered stream; all protocols."""
+        ends = Ends(**options)
+        service = Acceptor()
+        ends.far.register("vda", service)
+        ends.far.register("later", Undecided())
+        protocols = [HalfCloseRecorder(), HalfCloseRecorder()]
+        busy, half = [ends.open(protocol) for protocol in protocols]
+        half.loseWriteConnection()
+        service.streams[0].pauseProducing()
+        Feeder(busy, stamped(LARGE)).start()
+        self.request = ends.near.open_stream("later", 1000.0)
+        ends.settle()
+        return ends, [*protocols, *service.protocols]
+
+    def check_lost(self, ends: Ends, protocols: list[Any], *words: str) -> None:
+        """All ended as an error that says C{words}, none in order, and nothing is left."""
+        for protocol in protocols:
+            error = self.assert_lost(protocol, SessionLost)
+            for word in words:
+                self.assertIn(word, str(error))
+        self.assertNotIn("read lost", protocols[0].events)
+        self.assertNotIn("read lost", protocols[2].events)
+        self.assertIsInstance(self.failed(self.request), SessionLost)
+        self.assertFalse(ends.near.is_up or ends.far.is_up)
+        self.assert_idle(ends)
+        self.assert_no_timers(ends)
+
+    def test_cut(self) -> None:
+        """A lost connection is an error for each of its streams, on both sides."""
+        ends, protocols = self.streams()
+        ends.connection.cut()
+        self.check_lost(ends, protocols, "connection lost")
+        self.assertEqual(len(self.lines("link far", "3 streams")), 1)
+        self.assertEqual(len(self.lines("link near", "3 streams")), 1)
+
+    def test_closed(self) -> None:
+        """A connection that the network ends in order is no clean end for any stream."""
+        ends, protocols = self.streams()
+        ends.connection.client.loseConnection()
+        ends.settle()
+        self.check_lost(ends, protocols)
+
+    def test_silence(self) -> None:
+        """A peer that has fallen silent is given up after that time, on both sides, each by itself."""
+        ends, protocols = self.streams()
+        ends.connection.stall()
+        ends.advance(14.5)
+        self.assertTrue(ends.near.is_up and ends.far.is_up)
+        ends.advance(0.6)
+        self.assertFalse(ends.near.is_up or ends.far.is_up)
+        ends.advance(CLOSE_SECONDS)
+        self.check_lost(ends, protocols, "KEEPALIVE_TIMEOUT", "15 s")
+        self.assertEqual(len(self.lines("KEEPALIVE_TIMEOUT", "link far")), 1)
+
+    def test_silence_in_one_direction(self) -> None:
+        """A network that swallows one direction costs both sides the link, one after the other."""
+        ends, protocols = self.streams()
+        ends.connection.stall(ends.connection.client)
+        ends.advance(15.1)
+        self.assertFalse(ends.near.is_up)
+        ends.advance(15.1)
+        self.check_lost(ends, protocols)
+
+    def test_idle(self) -> None:
+        """A link with nothing to say stays up for ever."""
+        ends = Ends()
+        ends.advance(300)
+        self.assertTrue(ends.near.is_up and ends.far.is_up)
+
+    def test_slow(self) -> None:
+        """A line on which pings wait behind data for longer than the silence is no dead one."""
+        ends = Ends(capacity=200)
+        service = Acceptor()
+        ends.far.register("vda", service)
+        stream = ends.open(HalfCloseRecorder())
+        data = stamped(60_000)
+        Feeder(stream, data).start()
+        Feeder(service.streams[0], data).start()
+        connection = ends.connection
+        connection.stall()
+        for _ in range(400):
+            # A kilobit per second: 200 bytes each way, then nothing for a while.
+            connection.release()
+            connection.pump()
+            connection.stall()
+            ends.clock.advance(1.5)
+        self.assertTrue(ends.near.is_up and ends.far.is_up)
+        connection.release()
+        ends.settle()
+        ends.advance(1)
+        self.assert_bytes(service.protocols[0].received, data)
+
+    def test_time_of_day(self) -> None:
+        """A clock that somebody sets has no influence: only the reactor's counts."""
+        self.patch(time, "time", lambda: 2_000_000_000.0)
+        ends = Ends()
+        self.patch(time, "time", lambda: 1_000_000_000.0)
+        ends.advance(60)
+        self.patch(time, "time", lambda: 3_000_000_000.0)
+        ends.advance(60)
+        self.assertTrue(ends.near.is_up and ends.far.is_up)
+
+    def test_comes_back(self) -> None:
+        """A new link begins a new session; the streams of the old one do not return."""
+        ends, protocols = self.streams()
+        ends.connection.cut()
+        ends.connect()
+        ends.settle()
+        self.assertTrue(ends.near.is_up and ends.far.is_up)
+        self.check_gone = protocols[0].reason
+        late = Acceptor()
+        ends.far.register("vdb", late)
+        protocol = HalfCloseRecorder()
+        stream = ends.open(protocol, "vdb")
+        data = stamped(LARGE)
+        Feeder(stream, data).start()
+        ends.settle()
+        self.assert_bytes(late.protocols[0].received, data)
+        self.failed(self.request)
+
+    def test_undelivered(self) -> None:
+        """The bytes that a lost session did not deliver are counted and logged."""
+        ends, _ = self.streams()
+        ends.connection.cut()
+        self.request.addErrback(lambda _: None)
+        self.assertGreaterEqual(ends.near.undelivered, WINDOW)
+        self.assertEqual(len(self.lines("link far", "not delivered")), 1)
+
+    def test_close_is_enforced(self) -> None:
+        """A connection that cannot get rid of its last frame is aborted."""
+        ends = Ends(capacity=1)
+        ends.connection.stall(ends.connection.server)
+        ends.near.open_stream("vda", 100.0).addErrback(lambda _: None)
+        drained = ends.near.drain(1.0)
+        ends.advance(1.1)
+        self.successResultOf(drained)
+        self.assertTrue(ends.connection.client.connected)
+        ends.advance(CLOSE_SECONDS)
+        self.assertFalse(ends.connection.client.connected)
+
+
+class HandshakeTests(PeerTestCase):
+    """Who comes, and who stays."""
+
+    def raw(self, peer: Peer, *, buffers: bool = True) -> RawEnd:
+        """Connect to C{peer} with nothing but bytes."""
+        return RawEnd(peer, buffers=buffers)
+
+    def test_up(self) -> None:
+        """Both sides log whom they have, and by what name."""
+        Ends()
+        self.assertEqual(len(self.lines("link far: up", "hv-far")), 1)
+        self.assertEqual(len(self.lines("link near: up", "hv-near")), 1)
+
+    def test_identity(self) -> None:
+        """The identity that the transport has checked is logged."""
+        ends = Ends(connect=False)
+        near, far = ends.near.build_link(), ends.far.build_link()
+        assert near is not None and far is not None
+        MemoryConnection(near, far, clock=ends.clock, identities=("dns:near.example", "dns:far.example"))
+        ends.clock.advance(0)
+        ends.clock.advance(0)
+        self.assertEqual(far.peer_identity, "dns:near.example")
+        self.assertEqual(len(self.lines("link near: up", "dns:near.example")), 1)
+
+    def test_silent_stranger(self) -> None:
+        """Who says nothing is rejected in time, closed, and logged."""
+        ends = Ends(connect=False)
+        end = self.raw(ends.far)
+        end.advance(HANDSHAKE_SECONDS - 0.1)
+        self.assertFalse(end.lost)
+        end.advance(0.2)
+        self.assertEqual(end.said()[-1][0], REJECT)
+        self.assertTrue(end.lost)
+        self.assertEqual(len(self.lines("link near", "HANDSHAKE_TIMEOUT")), 1)
+        self.assert_no_timers(ends)
+
+    def test_silent_acceptor(self) -> None:
+        """The same on the dialling side; what waits for a link goes on waiting."""
+        ends = Ends(connect=False)
+        request = ends.near.open_stream("vda", 60.0)
+        end = self.raw(ends.near)
+        end.advance(HANDSHAKE_SECONDS + 0.1)
+        self.assertTrue(end.lost)
+        self.assertNoResult(request)
+        ends.far.register("vda", Acceptor())
+        ends.connect()
+        ends.settle()
+        self.successResultOf(request)
+
+    def test_second_daemon(self) -> None:
+        """A daemon of another name is told BUSY, and does not disturb the one that is there."""
+        ends = Ends()
+        ends.far.register("vda", Acceptor())
+        stream = ends.open(HalfCloseRecorder())
+        end = self.raw(ends.far)
+        end.send(hello(name=b"hv-other"))
+        kind, _, payload = end.said()[-1]
+        self.assertEqual((kind, payload[:2]), (REJECT, u16(ErrorCode.BUSY)))
+        self.assertIn(b"hv-near", payload)
+        self.assertTrue(end.lost)
+        self.assertEqual(len(self.lines("link near", "hv-other", "hv-near")), 1)
+        self.assertTrue(stream.connected and ends.far.is_up)
+
+    def test_restarted(self) -> None:
+        """The same daemon with a new instance: its old streams fail at once, the new session is up."""
+        ends = Ends()
+        service = Acceptor()
+        ends.far.register("vda", service)
+        ends.open(HalfCloseRecorder())
+        end = self.raw(ends.far)
+        end.send(hello(name=b"hv-near", instance=b"m" * 16))
+        self.assertEqual(end.said()[-1][0], WELCOME)
+        error = self.assert_lost(service.protocols[0], SessionLost)
+        self.assertEqual(error.code, ErrorCode.PEER_RESTARTED)
+        self.assertTrue(ends.far.is_up)
+        end.send(opening(1))
+        self.assertEqual(len(service.streams), 2)
+
+    def test_dialled_again(self) -> None:
+        """The same daemon and instance: the newer link counts, the older is told why it ends."""
+        ends = Ends()
+        ends.far.register("vda", Acceptor())
+        near = HalfCloseRecorder()
+        ends.open(near)
+        end = self.raw(ends.far)
+        end.send(hello(name=b"hv-near", instance=b"n" * 16))
+        self.assertEqual(end.said()[-1][0], WELCOME)
+        ends.settle()
+        self.assertEqual(self.assert_lost(near, SessionLost).code, ErrorCode.LINK_REPLACED)
+
+    def test_goodbye_in_between(self) -> None:
+        """A link that is lost in its handshake leaves nothing behind."""
+        for peer in ("near", "far"):
+            ends = Ends(connect=False)
+            end = self.raw(getattr(ends, peer))
+            end.lose()
+            self.assertFalse(getattr(ends, peer).is_up)
+            self.assert_no_timers(ends)
+
+    def test_plain_transport(self) -> None:
+        """A transport with nothing but ITransport's methods carries a link."""
+        for buffers in (True, False):
+            ends = Ends(connect=False)
+            service = Acceptor()
+            ends.far.register("vda", service)
+            end = self.raw(ends.far, buffers=buffers)
+            end.send(hello() + opening(1) + frame(DATA, 1, b"abc"))
+            self.assertEqual(bytes(service.protocols[0].received), b"abc")
+            service.streams[0].write(b"def")
+            self.assertIn((DATA, 1, b"def"), end.said())
+
+    def test_bytes_after_the_end(self) -> None:
+        """What a transport delivers after it was closed is dropped."""
+        ends = Ends(connect=False)
+        end = self.raw(ends.far)
+        end.send(frame(BYE, 0, u16(0)))
+        self.assertTrue(end.link.link.ended)
+        end.link.dataReceived(hello())
+        self.assertFalse(ends.far.is_up)
+
+
+class RawEnd:
+    """
+    A link of a peer over a C{StringTransport}: no buffers, no pausing, only bytes.
+
+    @ivar lost: whether the link has closed or aborted its connection.
+    """
+
+    def __init__(self, peer: Peer, *, buffers: bool = False) -> None:
+        link = peer.build_link()
+        assert link is not None
+        self.link: LinkProtocol = link
+        self.clock = cast(Clock, peer._reactor)
+        self.transport: Any = StringTransport()
+        self._other = Ether() if buffers else None
+        if self._other is not None:
+            self._connection = MemoryConnection(self._other, self.link, clock=self.clock)
+            self._connection.settle()
+        else:
+            self.link.makeConnection(self.transport)
+
+    @property
+    def lost(self) -> bool:
+        if self._other is not None:
+            return self._other.lost
+        return bool(self.transport.disconnecting)
+
+    def send(self, data: bytes) -> None:
+        if self._other is not None:
+            self._other.transport.write(data)
+            self._connection.settle()
+        else:
+            self.link.dataReceived(data)
+            if self.lost and not self.link._lost:
+                self.lose()
+
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        if self._other is not None:
+            self._connection.settle()
+        elif self.lost and not self.link._lost:
+            self.lose()
+
+    def said(self) -> list[tuple[int, int, bytes]]:
+        if self._other is not None:
+            self._connection.settle()
+            return parse(bytes(self._other.received))
+        return parse(self.transport.value())
+
+    def lose(self) -> None:
+        if self._other is not None:
+            self._connection.cut()
+        else:
+            self.link.connectionLost(Failure(ConnectionDone()))
+
+
+class Ether(Protocol):
+    """The other end of a raw connection."""
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self.lost = False
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.lost = True
+
+
+class BadInputTests(PeerTestCase):
+    """What a peer must not say, as seen by the daemon it says it to."""
+
+    def test_every_case(self) -> None:
+        """Each ends its connection with its code and one line in the log; the other link does not notice."""
+        other = Ends()
+        other.far.register("vda", Acceptor())
+        stream = other.open(HalfCloseRecorder())
+        checked = 0
+        for name, case in CASES.items():
+            if case.begin.__name__ not in ("accepting", "open_link", "dialling", "asked", "incoming"):
+                continue  # these need a core whose own actions led there
+            for buffers in (True, False):
+                ends = Ends(
+                    connect=False,
+                    far=Limits(**vars(LIMITS) | {"window": 2048, "max_payload": 4096, "max_streams": 3}),
+                )
+                service = Undecided() if case.begin.__name__ == "asked" else Acceptor()
+                ends.far.register("vda", service)
+                dialling = case.begin.__name__ == "dialling"
+                end = RawEnd(ends.near if dialling else ends.far, buffers=buffers)
+                del self.events[:]
+                if case.begin.__name__ not in ("accepting", "dialling"):
+                    end.send(hello())
+                if case.begin.__name__ in ("asked", "incoming"):
+                    end.send(opening(1))
+                if case.begin.__name__ == "incoming":
+                    service.streams[0].pauseProducing()
+                for data in case.data:
+                    end.send(data)
+                kind, _, payload = end.said()[-1]
+                self.assertIn(kind, (REJECT, BYE), name)
+                self.assertEqual(payload[:2], u16(case.code), name)
+                self.assertTrue(end.lost, name)
+                self.assertFalse(ends.far.is_up, name)
+                self.assertEqual(len(self.lines(case.code.name)), 1, (name, self.lines()))
+                self.assertFalse([event for event in self.events if "log_failure" in event], name)
+                self.assertFalse([line for line in self.lines() if "\n" in line], name)
+                for protocol in getattr(service, "protocols", ()):
+                    self.assertIsNotNone(protocol.reason, name)
+                    self.assertIn(protocol.reason.type, (SessionLost, StreamReset), name)
+                ends.clock.advance(CLOSE_SECONDS + 0.1)
+                self.assert_no_timers(ends)
+                checked += 1
+        self.assertGreater(checked, 150)
+        self.assertTrue(stream.connected and other.near.is_up and other.far.is_up)
+
+    def test_log_injection(self) -> None:
+        """Whatever a peer calls itself, or says, is one line of the log."""
+        ends = Ends(connect=False)
+        end = RawEnd(ends.near)
+        end.send(frame(REJECT, 0, u16(34) + u16(1) + b"busy\nlink far: up, daemon \x1b[32mhv-b\x00"))
+        end = RawEnd(ends.far)
+        end.send(hello() + frame(BYE, 0, u16(999) + b"a\nb\x1b[2J" + b"x" * 3000))
+        for line in self.lines():
+            self.assertTrue(line.isprintable(), line)
+            self.assertLess(len(line), 500)
+
+    def test_wrong_version_is_told_on_both_sides(self) -> None:
+        """Each operator reads both versions."""
+        ends = Ends(connect=False)
+        end = RawEnd(ends.far)
+        end.send(hello(7))
+        self.assertEqual(len(self.lines("VERSION_UNSUPPORTED", "version 7", "version 1")), 1)
+        kind, _, payload = end.said()[-1]
+        self.assertEqual(kind, REJECT)
+        self.assertIn(b"version 7", payload)
+        self.assertIn(b"version 1", payload)
+
+
+class DrainTests(PeerTestCase):
+    """Shutting down, and the truth about it."""
+
+    def two(self, **options: Any) -> tuple[Ends, StreamTransport, Any, StreamTransport, Any]:
+        ends = Ends(**options)
+        service = Acceptor()
+        ends.far.register("vda", service)
+        protocol = HalfCloseRecorder()
+        stream = ends.open(protocol)
+        return ends, stream, protocol, service.streams[0], service.protocols[0]
+
+    def test_nothing_to_do(self) -> None:
+        """Without a link, and with an idle one, a drain is done at once and nothing is undelivered."""
+        ends = Ends(connect=False)
+        self.assertEqual(self.successResultOf(ends.near.drain(30.0)), 0)
+        ends = Ends()
+        drained = ends.near.drain(30.0)
+        ends.advance(0.2)
+        self.assertEqual(self.successResultOf(drained), 0)
+        self.assertFalse(ends.near.is_up or ends.far.is_up)
+        self.assertEqual(len(self.lines("link near", "SHUTTING_DOWN", "everything was delivered")), 1)
+        ends.advance(CLOSE_SECONDS)
+        self.assert_no_timers(ends)
+
+    def test_waits_for_streams(self) -> None:
+        """Streams that are open come to their end, and the drain with the last of them."""
+        ends, near, near_protocol, far, far_protocol = self.two()
+        drained = ends.near.drain(30.0)
+        ends.advance(1)
+        data = stamped(LARGE)
+        Feeder(near, data).start()
+        Feeder(far, data).start()
+        ends.advance(1)
+        self.assertNoResult(drained)
+        near.loseWriteConnection()
+        far.loseWriteConnection()
+        ends.advance(0.2)
+        self.assertEqual(self.successResultOf(drained), 0)
+        self.assert_bytes(far_protocol.received, data)
+        self.assert_bytes(near_protocol.received, data)
+        for protocol in (near_protocol, far_protocol):
+            self.assert_lost(protocol, ConnectionDone)
+
+    def test_takes_nothing_new(self) -> None:
+        """While draining nothing is opened on either side, and the peer knows why."""
+        ends, near, *_ = self.two()
+        waiting = Ends(connect=False)
+        request = waiting.near.open_stream("vda", 10.0)
+        waiting.near.drain(1.0)
+        self.assertIsInstance(self.failed(request), LocalError)
+        ends.near.register("vdb", Acceptor())
+        drained = ends.near.drain(30.0)
+        self.assertIsInstance(self.failed(ends.near.open_stream("vda", 10.0)), LocalError)
+        crossing = ends.far.open_stream("vdb", 10.0)
+        ends.settle()
+        self.assertEqual(self.failed(crossing).code, ErrorCode.SHUTTING_DOWN)
+        self.assertIsInstance(self.failed(ends.far.open_stream("vdb", 10.0)), LocalError)
+        self.assertEqual(len(self.lines("link near", "takes no new streams")), 1)
+        near.abortConnection()
+        ends.advance(0.2)
+        self.successResultOf(drained)
+
+    def test_undelivered(self) -> None:
+        """Time is up: what was not delivered is counted, and the streams end as errors on both sides."""
+        ends, near, near_protocol, far, far_protocol = self.two()
+        far.pauseProducing()
+        near.write(stamped(3000))
+        drained = ends.near.drain(5.0)
+        ends.advance(4.9)
+        self.assertNoResult(drained)
+        ends.advance(0.2)
+        self.assertEqual(self.successResultOf(drained), 3000)
+        for protocol in (near_protocol, far_protocol):
+            self.assertEqual(self.assert_lost(protocol, SessionLost).code, ErrorCode.SHUTTING_DOWN)
+        self.assertNotIn("read lost", far_protocol.events)
+        self.assertEqual(len(self.lines("link near", "1 streams were still open")), 1)
+
+    def test_bytes_for_here(self) -> None:
+        """What the peer sent and was not taken here counts, too."""
+        ends, near, _, far, _ = self.two()
+        near.pauseProducing()
+        far.write(stamped(2000))
+        ends.settle()
+        drained = ends.near.drain(5.0)
+        ends.advance(5.1)
+        self.assertEqual(self.successResultOf(drained), 2000)
+
+    def test_delivered_on_a_stream_that_stays_open(self) -> None:
+        """Bytes that were all taken are not undelivered because their stream is still open."""
+        ends, near, _, far, far_protocol = self.two()
+        near.write(b"a few bytes, far from a quarter of the window")
+        far.write(b"and some back")
+        ends.settle()
+        drained = ends.near.drain(5.0)
+        ends.advance(1)
+        near.write(b"and more meanwhile")
+        ends.advance(4.2)
+        self.assertTrue(far_protocol.received.endswith(b"meanwhile"))
+        self.assertEqual(self.successResultOf(drained), 0)
+
+    def test_link_lost_meanwhile(self) -> None:
+        """A link that is lost while draining ends the drain, with what it cost."""
+        ends, near, _, far, _ = self.two()
+        far.pauseProducing()
+        near.write(stamped(3000))
+        ends.settle()
+        drained = ends.near.drain(30.0)
+        ends.advance(1)
+        ends.connection.cut()
+        ends.advance(0.2)
+        self.assertEqual(self.successResultOf(drained), 3000)
+
+    def test_dialled_while_draining(self) -> None:
+        """A link that comes while draining is sent away, by either side."""
+        for draining in ("near", "far"):
+            ends = Ends(connect=False)
+            ends.connect()
+            getattr(ends, draining).drain(30.0)
+            ends.settle()
+            self.assertFalse(ends.near.is_up or ends.far.is_up)
+            self.assertTrue(self.lines("SHUTTING_DOWN") or draining == "far")
+
+    def test_earlier_losses_do_not_count(self) -> None:
+        """What was lost with an earlier session is no matter of this drain."""
+        ends, near, _, far, _ = self.two()
+        far.pauseProducing()
+        near.write(stamped(3000))
+        ends.settle()
+        ends.connection.cut()
+        self.assertEqual(ends.near.undelivered, 3000)
+        ends.connect()
+        ends.settle()
+        drained = ends.near.drain(30.0)
+        ends.advance(0.2)
+        self.assertEqual(self.successResultOf(drained), 0)
+
+    def test_names(self) -> None:
+        """Who goes away is named to the other side."""
+        ends = Ends()
+        ends.near.drain(1.0)
+        ends.advance(0.2)
+        self.assertEqual(len(self.lines("link near", "daemon hv-near is shutting down")), 1)
