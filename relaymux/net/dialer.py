@@ -106,8 +106,8 @@ class Dialer:
         self._delay = FIRST_DELAY
         self._attempt: Deferred[Any] | None = None
         self._timer: IDelayedCall | None = None
-        self._said = ""
-        self._said_at = 0.0
+        self._barred: dict[int, float] = {}  # ways that need somebody's hand, and until when
+        self._said: dict[int, tuple[str, float]] = {}  # by way: the last failure told, and when
         self._up_at = float("-inf")
         peer.listener = self
 
@@ -127,7 +127,7 @@ class Dialer:
     def link_up(self, link: LinkProtocol) -> None:
         """See L{LinkListener.link_up}."""
         self._up_at = self._reactor.seconds()
-        self._said = ""
+        self._said.clear()
 
     def link_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
         """See L{LinkListener.link_down}."""
@@ -166,8 +166,8 @@ class Dialer:
 
     def _failed(self, reason: Failure) -> None:
         self._attempt = None
-        if reason.check(CancelledError) and not self._running:
-            return
+        if not self._running:
+            return  # stopped: it was cancelled, or came to its end by itself just then
         error = reason.value
         permanent = isinstance(error, TransportError) and not error.retry
         self._say(reason.getErrorMessage(), permanent=permanent)
@@ -175,11 +175,23 @@ class Dialer:
 
     def _again(self, *, permanent: bool) -> None:
         """Dial the next address after a while; the delay grows when all were tried."""
-        self._wait(PERMANENT_DELAY if permanent else self._delay)
-        self._way = (self._way + 1) % len(self._ways)
-        if self._way == 0:
+        now = self._reactor.seconds()
+        if permanent:
+            self._barred[self._way] = now + PERMANENT_DELAY
+        else:
+            self._barred.pop(self._way, None)
+        count = len(self._ways)
+        order = [(self._way + step) % count for step in range(1, count + 1)]
+        free = [way for way in order if self._barred.get(way, now) <= now]
+        if not free:
+            self._way = min(order, key=self._barred.__getitem__)
+            self._wait(self._barred[self._way] - now)
+            return
+        self._wait(self._delay)
+        if free[0] <= self._way:
             longest = HELD_DELAY if self._peer.open_streams else MAX_DELAY
             self._delay = min(2 * self._delay, longest)
+        self._way = free[0]
 
     def _wait(self, seconds: float) -> None:
         if self._timer is not None and self._timer.active():
@@ -190,9 +202,10 @@ class Dialer:
     def _say(self, text: str, *, permanent: bool) -> None:
         """Log a failure: once, and again when it is another one or goes on for long."""
         now = self._reactor.seconds()
-        if text == self._said and now - self._said_at < REPEAT_SECONDS:
+        said, said_at = self._said.get(self._way, ("", now))
+        if text == said and now - said_at < REPEAT_SECONDS:
             return
-        self._said, self._said_at = text, now
+        self._said[self._way] = (text, now)
         self._log.warn(
             "link {peer}: no connection to {address}: {text}; {next}",
             peer=self._peer.name,
