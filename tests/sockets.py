@@ -92,7 +92,7 @@ class Recorder(PlainRecorder):
     def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
         for view in buffers:
             assert view.readonly and len(view)
-            self._record(view)
+        self._record(b"".join(buffers))
 
     def buffersWritten(self, count: int) -> None:
         self.written += count

@@ -317,9 +317,9 @@ class DataTests(SynchronousTestCase):
         large = Limits(max_payload=1 << 20, window=1 << 20, replay=1 << 24)
         core = Core(dialing=True, limits=large).shake(max_payload=1 << 20, window=1 << 20, max_streams=9)
         one, other = core.opened_here(), core.opened_here()
-        core.session.write(one, content(300_000))
+        core.session.write(one, content(BULK_FRAME + 1000))
         said = [(stream_id, len(payload)) for _, stream_id, payload in core.say()]
-        self.assertEqual(said, [(one, BULK_FRAME), (one, 300_000 - BULK_FRAME)])
+        self.assertEqual(said, [(one, BULK_FRAME), (one, 1000)])
         core.session.write(one, content(200_000))
         core.session.write(other, content(100))
         said = [(stream_id, len(payload)) for _, stream_id, payload in core.say()]
@@ -612,8 +612,8 @@ class SequenceTests(SynchronousTestCase):
         self.assertEqual(core.session.replay.held_bytes, 16)
 
     def test_ack_bytes(self) -> None:
-        """An ack is due after a share of the peer's replay buffer, at most 1 MiB."""
-        for replay, due in ((16384, 2048), (8 << 20, 1 << 20), (1 << 30, 1 << 20)):
+        """An ack is due after a share of the peer's replay buffer, at most 512 KiB."""
+        for replay, due in ((16384, 2048), (8 << 20, 1 << 19), (1 << 30, 1 << 19)):
             session = Session(dialing=True, local=LIMITS, remote=Limits(replay=replay))
             session.rx_next = due - 1
             self.assertFalse(session.ack_due)

@@ -26,7 +26,7 @@ from zope.interface.verify import verifyObject
 from relaymux.interfaces import IBufferTransport
 from relaymux.net import sockets
 from relaymux.net.buffers import BufferPool
-from relaymux.net.families import transport_for, tune_link
+from relaymux.net.families import NOTSENT_LOWAT, transport_for, tune_link
 from relaymux.net.sockets import SocketTransport
 from tests.sockets import (
     HalfCloser,
@@ -704,7 +704,7 @@ class TCPEndTests(EndTests, Both):
         tune_link(transport.socket)
         self.assertTrue(tcp.getTcpNoDelay() and tcp.getTcpKeepAlive())
         lowat = transport.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
-        self.assertEqual(lowat, 128 * 1024)
+        self.assertEqual(lowat, NOTSENT_LOWAT)
 
 
 del Both

@@ -28,7 +28,7 @@ __all__ = ["TCPTransport", "UNIXTransport", "transport_for", "tune_link"]
 
 #: Bytes the kernel may hold that it has not sent yet.  What is urgent then
 #: waits behind this much in front of it and not behind megabytes.
-NOTSENT_LOWAT = 128 * 1024
+NOTSENT_LOWAT = 512 * 1024
 
 #: Milliseconds that sent bytes may stay unacknowledged before the connection
 #: is lost; the kernel's own patience is about 15 minutes.

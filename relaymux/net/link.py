@@ -38,7 +38,7 @@ __all__ = ["LinkOwner", "LinkProtocol"]
 
 #: Data handed to the transport at once.  What the kernel does not take of it is all
 #: that can be in front of an urgent frame in this process.
-FLUSH_BYTES = 256 * 1024
+FLUSH_BYTES = 512 * 1024
 
 #: Seconds for the last frame (the reason) to leave before the connection is aborted.
 CLOSE_SECONDS = 5.0
