@@ -1,283 +1,42 @@
-"""
-One connection through the fault proxy: two sockets, and what is on its way between them.
-
-Bytes and ends travel in the same queue, so a delay or a blackhole holds back
-an end as it does the bytes before it.  An end of input becomes a half-close on
-the other side, a reset a reset.
-"""
+"""A connection through the fault proxy, from the socket that was accepted to the one of the target."""
 
 from __future__ import annotations
 
-import socket
-from collections import deque
-from collections.abc import Callable
-from enum import Enum
 from typing import Any, Final
+from typing import Protocol as Structure
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPullProducer
-from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
-from relaymux.testing.fault_lane import SLICE_BYTES, Lane
+from relaymux.testing.fault_flow import End, Ending, Flow
+from relaymux.testing.fault_lane import Lane, Side
 
-__all__ = ["Connection", "Ending", "Flow"]
+__all__ = ["Connection", "Owner"]
 
 #: Seconds that both sides have to close after a FIN that came from the proxy.
 _FIN_SECONDS: Final = 5.0
 
 
-class Ending(Enum):
-    """How a connection ends."""
+class Owner(Structure):
+    """What a connection belongs to, and tells what happens."""
 
-    FIN = "fin"
-    RST = "rst"
+    def dial(self, connection: Connection) -> Deferred[Any]:
+        """Connect C{connection.far} to the target."""
 
+    def connected(self, connection: Connection) -> None:
+        """That was done."""
 
-@implementer(IPullProducer)
-class Flow:
-    """
-    One direction of a connection.
+    def unreachable(self, connection: Connection, failure: Failure) -> None:
+        """Or it failed."""
 
-    It is the pull producer of the socket it writes to, which asks for more
-    when the kernel has taken all: so each write is one C{send}, and the moment
-    after exactly N bytes is known.
+    def stop_reached(self, connection: Connection, flow: Flow) -> None:
+        """As many bytes of C{flow} have left as were to before a cut."""
 
-    @ivar source: where it comes from.
-    @ivar carried: bytes that have left this flow.
-    @ivar queued: bytes read that have not.
-    @ivar cut_at: where C{carried} must not pass before a cut.
-    @ivar hold_bytes: keep everything, up to this many bytes, instead of
-        delivering it; L{None} does not.
-    """
+    def buried(self, connection: Connection, held: int) -> None:
+        """The source of C{held} bytes is about to be reset."""
 
-    def __init__(self, clock: Any, lane: Lane, source: End, target: End, stopped: Callable[[], object]) -> None:
-        """
-        @param stopped: called when C{cut_at} or the lane's C{stop_offset} is
-            reached, with all before it in the kernel; and when C{hold_bytes} are there.
-        """
-        self.lane = lane
-        self.carried = self.queued = 0
-        self.cut_at = lane.pick_cut()
-        self.hold_bytes: int | None = None
-        self._clock = clock
-        self.source = source
-        self._target = target
-        self._stopped = stopped
-        #: Bounded by the lane's capacity, or C{hold_bytes}, and one read.
-        self._queue: deque[tuple[float, bytes | memoryview | Ending]] = deque()
-        self._in_flight = 0
-        self._discarding = False
-        self._timer: Any = None
-
-    def received(self, data: bytes) -> None:
-        """The source sent C{data}."""
-        self.lane.received += len(data)
-        if self._discarding:
-            self.lane.dropped += len(data)
-            return
-        self.queued += len(data)
-        self._enqueue(data)
-        if self.hold_bytes is not None and self.queued >= self.hold_bytes:
-            self._stopped()
-
-    def end(self, ending: Ending) -> None:
-        """The source ended so: let the target end likewise, after all that was received."""
-        if not self._discarding:
-            self._enqueue(ending)
-
-    def _enqueue(self, item: bytes | Ending) -> None:
-        due = self.lane.due(self._clock.seconds())
-        if self._queue:
-            due = max(due, self._queue[-1][0])
-        self._queue.append((due, item))
-        self.check()
-
-    def discard(self) -> None:
-        """Drop what waits and what comes; what the target's socket has been given leaves."""
-        self._discarding = True
-        self.lane.dropped += self.queued
-        self.queued = 0
-        self._queue.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self.check()
-
-    def target_lost(self) -> None:
-        """Nothing can leave any more."""
-        self.lane.dropped += self._in_flight
-        self._in_flight = 0
-        self.discard()
-
-    def release(self) -> int:
-        """
-        Deliver what was held, and after it the end of input.
-
-        @return: how many bytes that is.
-        """
-        self.hold_bytes = None
-        held = self.queued
-        self.end(Ending.FIN)
-        return held
-
-    def resumeProducing(self) -> None:
-        """The kernel has all that was written."""
-        self.lane.delivered += self._in_flight
-        self._in_flight = 0
-        self.check()
-
-    def stopProducing(self) -> None:
-        """The target's socket is lost, which its protocol is about to be told."""
-
-    def check(self) -> None:
-        """Do what can be done now; called whenever something has changed."""
-        self._pump()
-        capacity = self.lane.capacity if self.hold_bytes is None else self.hold_bytes
-        self.source.keep_reading(
-            not self.lane.silent
-            and (self._discarding or (self._target.open and self.queued < capacity))
-        )
-
-    def _pump(self) -> None:
-        lane = self.lane
-        while self._target.open and not self._in_flight and self.hold_bytes is None:
-            if not self._discarding and self._is_stop():
-                self._stopped()
-                return
-            if not self._queue or lane.silent:
-                return
-            due, item = self._queue[0]
-            now = self._clock.seconds()
-            wait = max(due, lane.free_at if lane.rate else 0) - now
-            if wait > 0:
-                self._wake_in(wait)
-                return
-            if isinstance(item, Ending):
-                self._queue.popleft()
-                self._target.end(item)
-                continue
-            size = lane.allowance(now)
-            if self.cut_at is not None:
-                size = min(size, self.cut_at - self.carried)
-            if lane.stop_offset is not None:
-                size = min(size, lane.stop_offset - lane.position)
-            data = self._take(size, now)
-            self._in_flight = len(data)
-            self.carried += len(data)
-            self._target.write(lane.carry(data))
-
-    def _is_stop(self) -> bool:
-        offset = self.lane.stop_offset
-        return (offset is not None and self.lane.position >= offset) or (
-            self.cut_at is not None and self.carried >= self.cut_at
-        )
-
-    def _take(self, size: int, now: float) -> bytes:
-        """@return: what may leave by now, at most C{size} bytes."""
-        pieces: list[bytes | memoryview] = []
-        while size and self._queue:
-            due, item = self._queue[0]
-            if due > now or isinstance(item, Ending):
-                break
-            if len(item) > size:
-                view = memoryview(item)
-                self._queue[0] = (due, view[size:])
-                item = view[:size]
-            else:
-                self._queue.popleft()
-            pieces.append(item)
-            size -= len(item)
-            self.queued -= len(item)
-        return b"".join(pieces)
-
-    def _wake_in(self, seconds: float) -> None:
-        if self._timer is None:
-            self._timer = self._clock.callLater(seconds, self._wake)
-
-    def _wake(self) -> None:
-        self._timer = None
-        self.check()
-
-
-@implementer(IHalfCloseableProtocol)
-class End(Protocol):
-    """
-    One of the two sockets.
-
-    @ivar open: whether it is connected.
-    @ivar outgoing: what comes from this socket.
-    @ivar incoming: what goes to it.
-    """
-
-    transport: Any
-    outgoing: Flow
-    incoming: Flow
-
-    def __init__(self, connection: Connection, receive_buffer: int | None) -> None:
-        self.open = False
-        self._connection = connection
-        self._receive_buffer = receive_buffer
-        self._reading = True
-        self._read_ended = self._write_ended = False
-
-    def connectionMade(self) -> None:
-        self.open = True
-        handle = self.transport.getHandle()
-        if handle.family != socket.AF_UNIX:
-            self.transport.setTcpNoDelay(True)
-        if self._receive_buffer is not None:
-            handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
-        self.transport.bufferSize = SLICE_BYTES
-        self.transport.registerProducer(self.incoming, False)
-        self._connection.check()
-
-    def keep_reading(self, wanted: bool) -> None:
-        """Read from the socket, or let its sender wait."""
-        if self.open and not self._read_ended and wanted is not self._reading:
-            self._reading = wanted
-            (self.transport.resumeProducing if wanted else self.transport.pauseProducing)()
-
-    def write(self, data: bytes) -> None:
-        """Send, when all before has been sent.  C{data} is empty if a fault removed the only byte."""
-        if data:
-            self.transport.write(data)
-        else:
-            self.incoming.resumeProducing()
-
-    def end(self, ending: Ending) -> None:
-        """Half-close after what was written, or reset at once.  A second call may only turn one into the other."""
-        if not self.open:
-            return
-        if ending is Ending.RST:
-            self.transport.abortConnection()
-        elif not self._write_ended:
-            self.transport.unregisterProducer()
-            self.transport.loseWriteConnection()
-
-    def dataReceived(self, data: bytes) -> None:
-        self.outgoing.received(data)
-
-    def readConnectionLost(self) -> None:
-        self._read_ended = True
-        self.outgoing.end(Ending.FIN)
-        self._close_if_ended()
-
-    def writeConnectionLost(self) -> None:
-        self._write_ended = True
-        self._close_if_ended()
-
-    def _close_if_ended(self) -> None:
-        if self._read_ended and self._write_ended:
-            self.transport.loseConnection()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.open = False
-        self.incoming.target_lost()
-        if not (self._read_ended and self._write_ended):
-            self._connection.end_reset(self)
-        self._connection.end_closed()
+    def ended(self, connection: Connection) -> None:
+        """Both sockets are closed; called once."""
 
 
 class Connection:
@@ -291,7 +50,9 @@ class Connection:
     @ivar buried: one side was told that the connection is lost while the other still has it.
     """
 
-    def __init__(self, number: int, events: IConnectionEvents, lanes: dict[Side, Lane], clock: Any, receive_buffer: int | None) -> None:
+    def __init__(
+        self, number: int, owner: Owner, lanes: dict[Side, Lane], clock: Any, receive_buffer: int | None
+    ) -> None:
         self.number = number
         self.buried = False
         self.near = End(self, receive_buffer)
@@ -302,29 +63,40 @@ class Connection:
         }
         self.near.outgoing = self.far.incoming = self.flows["up"]
         self.far.outgoing = self.near.incoming = self.flows["down"]
-        self._events = events
+        self._owner = owner
         self._clock = clock
         self._held: Flow | None = None
         self._timer: Any = None
         self._dialled = False
+        self._ending: Ending | None = None
         self._dial: Deferred[Any] | None = None
         self._over = False
 
     def check(self) -> None:
         """Do what can be done now; called whenever something has changed."""
-        if self.near.open and not self._dialled and not all(flow.lane.silent for flow in self.flows.values()):
+        if self._ending is not None:
+            for end in (self.near, self.far):
+                end.end(self._ending)
+        elif self.near.open and not self._dialled and not self._is_silent():
             self._dialled = True
-            self._dial = self._events.dial(self)
+            for flow in self.flows.values():
+                flow.cut_at = flow.lane.pick_cut()
+            self._dial = self._owner.dial(self)
             self._dial.addCallbacks(self._connected, self._unreachable)
         for flow in self.flows.values():
             flow.check()
 
+    def _is_silent(self) -> bool:
+        return all(flow.lane.silent for flow in self.flows.values())
+
     def _connected(self, _: object) -> None:
         self._dial = None
+        self._owner.connected(self)
 
     def _unreachable(self, failure: Failure) -> None:
         self._dial = None
-        self._events.unreachable(self, failure)
+        if self._ending is None:
+            self._owner.unreachable(self, failure)
         self.near.end(Ending.RST)
         self.end_closed()
 
@@ -332,7 +104,7 @@ class Connection:
         if flow.hold_bytes is not None:
             self.bury()
         else:
-            self._events.stop_reached(self, flow)
+            self._owner.stop_reached(self, flow)
 
     def end_reset(self, end: End) -> None:
         """C{end} was lost without having ended both ways: let the other side know, unless it is not to."""
@@ -346,16 +118,20 @@ class Connection:
             self._stop_timer()
             for flow in self.flows.values():
                 flow.discard()
-            self._events.ended(self)
+            self._owner.ended(self)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether, as far as the proxy is concerned, the connection is one."""
+        return self._ending is None and not self.buried
 
     def cut(self, ending: Ending) -> None:
         """End both sides, and drop what is on its way between them."""
         self._stop_timer()
-        self._dialled = True
+        self._ending = ending
         for flow in self.flows.values():
             flow.discard()
-        for end in (self.near, self.far):
-            end.end(ending)
+        self.check()
         if self._dial is not None and not self.far.open:
             self._dial.cancel()
         if ending is Ending.FIN and not self._over:
@@ -377,30 +153,41 @@ class Connection:
         self._held.hold_bytes = size
         self._timer = self._clock.callLater(seconds, self._hold_overdue)
         self._held.check()
+        if self._held.is_full_hold():
+            self.bury()
 
     def _hold_overdue(self) -> None:
         self._timer = None
         self.bury()
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether there are bytes, or may be, for C{release}."""
+        return self._held is not None and self._held.hold_bytes is not None
 
     def bury(self) -> None:
         """Reset the socket that the held bytes come from; the other stays."""
         if self._held is not None and not self.buried:
             self.buried = True
             self._stop_timer()
-            self._events.buried(self, self._held)
+            self._owner.buried(self, self._held.queued)
             self._held.source.end(Ending.RST)
 
     def release(self) -> int:
         """
-        Deliver the held bytes; then, if their source is gone, the end of input.
+        Deliver the held bytes; then, if their source was reset, the end of input.
 
         @return: how many bytes.
         """
-        if self._held is None:
+        if self._held is None or self._held.hold_bytes is None:
             return 0
         self._stop_timer()
-        held, self._held = self._held, None
-        return held.release(last=self.buried)
+        size = self._held.queued
+        self._held.hold_bytes = None
+        if self.buried:
+            self._held.end(Ending.FIN)
+        self._held.check()
+        return size
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
