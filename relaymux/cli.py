@@ -23,6 +23,7 @@ from relaymux.service.config import (
     read_configuration,
 )
 from relaymux.service.config_values import format_size
+from relaymux.testing import fault_proxy
 
 __all__ = ["main"]
 
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "check":
         return _check(options.file)
+    if options.command == "fault-proxy":
+        from twisted.internet import reactor
+
+        return fault_proxy.run(options, reactor)
     return _make_certificates(options.directory, options.names)
 
 
@@ -71,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     certificates.add_argument("directory", metavar="DIR", type=Path, help="made if it is missing")
     certificates.add_argument("names", metavar="NAME", nargs="+", help="a host name or an IP address")
+    faults = commands.add_parser(
+        "fault-proxy",
+        help="stand between two daemons and cut, delay or damage their link",
+        description=fault_proxy.DESCRIPTION,
+    )
+    fault_proxy.add_arguments(faults)
     return parser
 
 
