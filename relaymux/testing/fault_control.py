@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Any, Final
 
@@ -126,7 +127,9 @@ def tell(path: str, line: str, seconds: float = 10.0) -> str:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
         connection.connect(path)
-        connection.sendall(line.encode() + b"\n")
+        # It may have closed the connection at once, and said why before.
+        with contextlib.suppress(BrokenPipeError):
+            connection.sendall(line.encode() + b"\n")
         with connection.makefile("r", encoding="utf-8") as answers:
             answer = answers.readline()
     outcome, _, rest = answer.strip().partition(" ")

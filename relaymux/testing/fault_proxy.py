@@ -24,8 +24,9 @@ from relaymux.testing.faults import FaultEvent, FaultProxy
 __all__ = ["DESCRIPTION", "add_arguments", "main", "run"]
 
 DESCRIPTION = (
-    "Stands between two daemons and does to their link what networks do. Let the dialling daemon connect to "
-    "LISTEN instead of TARGET. What goes to TARGET goes up, what comes back comes down."
+    "Stands between two daemons and does to their link what networks do. Let the\n"
+    "dialling daemon connect to LISTEN instead of TARGET. What goes to TARGET goes\n"
+    "up, what comes back comes down."
 )
 
 _parse_buffer = size_between(1, 2**30)
@@ -41,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "",
             *(f"  {usage}" for usage in COMMANDS.values()),
             "",
-            "Example: relaymux fault-proxy 127.0.0.1:16516 hv-b.example:16515 'at 3 cut; at 10 blackhole 5'",
+            "Example:",
+            "  relaymux fault-proxy 127.0.0.1:16516 hv-b.example:16515 'at 3 cut; at 10 blackhole 5'",
             "",
-            "Exit status: 0 after SIGINT or SIGTERM, 1 if it cannot listen, 2 for a wrong command line.",
+            "Exit status: 0 after SIGINT or SIGTERM, 1 if it cannot listen, 2 for a wrong",
+            "command line.",
         ]
     )
     parser.add_argument("listen", metavar="LISTEN", help="HOST:PORT, or the path of a UNIX socket to make")
