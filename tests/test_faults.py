@@ -13,7 +13,7 @@ from relaymux.errors import ConfigurationError, TransportError
 from relaymux.testing import fault_connection, fault_traffic
 from relaymux.testing.fault_lane import SLICE_BYTES
 from relaymux.testing.faults import Ending, FaultProxy
-from tests.faults import LONG, RESET, FaultProxyTestCase
+from tests.proxies import LONG, RESET, FaultProxyTestCase
 from tests.sockets import content, reactor, reset
 
 

@@ -22,7 +22,7 @@ from relaymux.testing.fault_control import ControlSocket, tell
 from relaymux.testing.fault_proxy import main
 from relaymux.testing.fault_script import COMMANDS, parse_script
 from relaymux.testing.faults import Ending, FaultProxy
-from tests.faults import RESET, FaultProxyTestCase
+from tests.proxies import RESET, FaultProxyTestCase
 from tests.sockets import DEADLINE, SocketTestCase, reactor
 
 PROJECT = Path(__file__).parent.parent

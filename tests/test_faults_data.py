@@ -13,7 +13,7 @@ from relaymux.errors import LocalError
 from relaymux.testing.fault_lane import Lane
 from relaymux.testing.fault_script import parse_script
 from relaymux.testing.faults import Ending, FaultProxy
-from tests.faults import LONG, RESET, FaultProxyTestCase
+from tests.proxies import LONG, RESET, FaultProxyTestCase
 from tests.sockets import PlainRecorder, RecorderFactory, content, reactor
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from relaymux.errors import LocalError
 from relaymux.testing.fault_lane import BUFFER_BYTES
-from tests.faults import LONG, RESET, FaultProxyTestCase
+from tests.proxies import LONG, RESET, FaultProxyTestCase
 from tests.sockets import content, reset
 
 
