@@ -1,0 +1,159 @@
+"""Links that are cut, at many moments and in many ways: the streams notice nothing."""
+
+from __future__ import annotations
+
+import statistics
+
+from tests.faults.pair import (
+    MIB,
+    RESUMED,
+    SMALL,
+    SMALL_FLOW,
+    FaultTestCase,
+    Pair,
+    thorough,
+)
+from tests.faults.traffic import PATIENCE, wait_until
+
+#: Limits between the small ones and those of production.
+MEDIUM = ("window = 256K", "replay-buffer = 2M")
+
+
+class CutTests(FaultTestCase):
+    """Cuts while data is on its way."""
+
+    def cut_often(self, pair: Pair, cuts: int, most: int, flow: int, rate: int = 8_000_000) -> None:
+        """
+        Cut each connection after C{most / 2} to C{most} bytes in either direction, and bring all through.
+
+        @param flow: bytes of each flow.
+        @param rate: bytes per second.  A link that lives for less than a quarter
+            of a second does not count as one, and the delay before the next rises.
+        """
+        pair.wire.do("rate", rate)
+        for side in ("up", "down"):
+            pair.wire.do("cut_each", most // 2, most, side)
+        pair.wire.do("cut")
+        pair.traffic.open(4, flow, flow)
+        wait_until(lambda: self.is_cut(pair, cuts), f"{cuts} cuts", 4 * PATIENCE, lambda: str(pair.wire.status()))
+        pair.wire.do("clear")
+        pair.traffic.join()
+        count = pair.wire.status()["cuts"]
+        self.assertGreaterEqual(count, cuts)
+        pair.wait_resumed(count)
+        seconds = [away for away, _ in pair.a.numbers(RESUMED)]
+        self.say(
+            f"{count} cuts in {pair.traffic.size // MIB} MiB, resumed after {statistics.median(seconds):.2f} s"
+            f" (median), at most {max(seconds):.2f} s"
+        )
+        self.assertLessEqual(statistics.median(seconds), 2)
+        self.assert_balanced(pair)
+
+    def is_cut(self, pair: Pair, cuts: int) -> bool:
+        """@return: whether there were so many cuts; fails when the traffic ends before."""
+        pair.traffic.check()
+        enough = pair.wire.status()["cuts"] >= cuts
+        self.assertTrue(enough or not all(flow.over for flow in pair.traffic.flows), "all done before the last cut")
+        return enough
+
+    def test_20_cuts_in_100_mib(self) -> None:
+        """Cuts at random places, in four streams both ways; the share of every test run."""
+        with self.pair(*MEDIUM) as pair:
+            self.cut_often(pair, 20, 3 * MIB, 100 * MIB // 8)
+
+    @thorough
+    def test_200_cuts_in_1_gib(self) -> None:
+        """The same with production's limits."""
+        with self.pair() as pair:
+            self.cut_often(pair, 200, 3 * MIB, 1024 * MIB // 8)
+
+    @thorough
+    def test_cuts_with_small_limits(self) -> None:
+        """So small that every cut finds full windows and a full replay buffer."""
+        with self.pair(*SMALL) as pair:
+            self.cut_often(pair, 50, MIB, 64 * MIB // 8, 0)
+
+    def cut_while_resuming(self, times: int) -> None:
+        """So many new connections are cut somewhere between their first byte and the end of RESUMED."""
+        with self.pair(*SMALL) as pair:
+            shaken = pair.wire.status()
+            pair.traffic.open(3, SMALL_FLOW, SMALL_FLOW)
+            pair.traffic.wait_received(pair.traffic.size // 4)
+            for side in ("up", "down"):
+                # What HELLO and WELCOME took is about what RESUME and RESUMED take.
+                size = shaken[f"{side}_received"]
+                pair.wire.do("cut_each", size // 2, size + 100, side)
+            pair.wire.do("cut")
+            wait_until(lambda: pair.wire.status()["cuts"] > times, f"{times} cuts in a row")
+            pair.wire.do("clear")
+            self.assert_balanced(pair)
+            self.assertGreater(pair.a.numbers(RESUMED)[-1][1], 1)
+
+    def test_cut_while_resuming(self) -> None:
+        """Three times in a row."""
+        self.cut_while_resuming(3)
+
+    @thorough
+    def test_cut_while_resuming_ten_times(self) -> None:
+        """Ten times in a row."""
+        self.cut_while_resuming(10)
+
+
+class DamageTests(FaultTestCase):
+    """Bytes that change on their way."""
+
+    def test_damaged_bytes(self) -> None:
+        """TLS finds one flipped bit, inserted or missing byte; the link is lost, and resumed."""
+        with self.pair(*SMALL) as pair:
+            pair.traffic.open(4, 2 * SMALL_FLOW, 2 * SMALL_FLOW)
+            damages = [(damage, side) for damage in ("flip", "insert", "remove") for side in ("up", "down")]
+            for number, (damage, side) in enumerate(damages, 1):
+                pair.wire.do("damage", self.random.randrange(200_000), side, damage)
+                pair.wait_resumed(number)
+                self.assertFalse(all(flow.over for flow in pair.traffic.flows), "all done before the last damage")
+            self.assertEqual(sum(pair.wire.status()[f"{side}_damaged"] for side in ("up", "down")), len(damages))
+            self.assert_balanced(pair)
+
+
+class LateBytesTests(FaultTestCase):
+    """What an old link had on its way arrives when nobody expects it any more."""
+
+    def late(self, side: str, *, before: bool) -> None:
+        """
+        @param side: where the late bytes go.
+        @param before: whether they arrive before the session is resumed, or after.
+        """
+        with self.pair(*SMALL, "silence = 2") as pair:
+            pair.traffic.open(4, SMALL_FLOW, SMALL_FLOW)
+            for number in range(1, 4):
+                pair.traffic.wait_received(pair.traffic.size * number // 5)
+                if before:
+                    pair.wire.do("refuse")
+                pair.wire.do("hold", 100_000, 0.5, side)
+                wait_until(lambda number=number: pair.wire.status()["cuts"] >= number, "an old link")
+                if before:
+                    self.assertGreater(pair.wire.do("release"), 0)
+                    pair.wire.do("refuse", 0)
+                pair.wait_resumed(number)
+                if not before:
+                    pair.wire.do("release")
+            self.assert_balanced(pair)
+
+    def test_late_bytes_of_the_dialler(self) -> None:
+        """They arrive on the old link after the new one is up."""
+        self.late("up", before=False)
+
+    @thorough
+    def test_late_bytes_of_the_acceptor(self) -> None:
+        """The dialling side finds out by silence that its link is dead."""
+        self.late("down", before=False)
+
+    @thorough
+    def test_late_bytes_before_resuming(self) -> None:
+        """The acceptor takes bytes on the old link until it is asked to resume."""
+        self.late("up", before=True)
+
+    @thorough
+    def test_late_bytes_of_the_acceptor_before_resuming(self) -> None:
+        """The dialling side takes bytes of a link that its peer has lost."""
+        self.late("down", before=True)
