@@ -211,6 +211,11 @@ class Peer:
             )
             link.end(link.link.reject(ErrorCode.BUSY, f"daemon {self.daemon} is connected already"))
             return
+        if self._held is not None and link.number < self._held.connection:
+            # It was under way for long: the dialling daemon has given that connection up since.
+            text = f"daemon {hello.name} is connected already, by a newer connection"
+            link.end(link.link.reject(ErrorCode.BUSY, text))
+            return
         if self._held is not None:
             self._replace_session(self._held, hello)
         welcome = Welcome(
@@ -311,6 +316,7 @@ class Peer:
     def _attach(self, link: LinkProtocol, held: HeldSession) -> None:
         held.stop_timer()
         held.lost_at = None
+        held.connection = link.number
         self._link = link
         link.link.attach(held.streams.session, held.remote.limits, self._reactor.seconds())
         if self.listener is not None:
