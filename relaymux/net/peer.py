@@ -383,6 +383,10 @@ class Peer:
         held.stop_timer()
         self._held = None
         streams = held.streams
+        if streams.session.untouched and not self._draining:
+            # The peer may never have heard of it: what was wanted waits for the next one.
+            for request in streams.take_back():
+                self._waiting.add(request)
         lost = streams.session.undelivered_bytes
         stuck = streams.session.unconsumed_bytes
         self.undelivered += lost + stuck + streams.undelivered
