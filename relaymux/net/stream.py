@@ -23,6 +23,7 @@ from twisted.internet.interfaces import (
     IPushProducer,
     ITransport,
 )
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -69,6 +70,8 @@ class StreamTransport:
 
     disconnecting = False
 
+    _log = Logger("relaymux.link")
+
     def __init__(self, streams: SessionStreams, stream_id: int, service: str, *, outgoing: bool) -> None:
         self.stream_id = stream_id
         self.service = service
@@ -103,7 +106,7 @@ class StreamTransport:
         if IBufferReceiver.providedBy(protocol):
             self._receiver = protocol
         self._given_up = None
-        protocol.makeConnection(self)
+        self.tell(protocol.makeConnection, self)
         self._deliver()
         if self._stopped_pending:
             self._stopped_pending = False
@@ -112,6 +115,25 @@ class StreamTransport:
     def when_given_up(self, call: Callable[[], None]) -> None:
         """Have C{call} called if the stream ends before L{begin}: its opener does not want it any more."""
         self._given_up = call
+
+    def tell(self, call: Callable[..., object], *args: object) -> None:
+        """
+        Call our side's program.
+
+        Its failure is the end of its stream.  Passed on, it would be taken for
+        the link's, over which the next one would go on behind the lost bytes.
+        """
+        try:
+            call(*args)
+        except Exception:
+            reason = Failure()
+            self._log.failure(
+                "stream {number}, {address}: the program behind it failed; the stream is ended",
+                failure=reason,
+                number=self.stream_id,
+                address=self.getPeer(),
+            )
+            self.abort(ErrorCode.LOCAL_RESET, reason)
 
     # For the service that the peer asked for.
 
@@ -287,7 +309,7 @@ class StreamTransport:
             self._stopped_pending = True
         elif half_closeable is not None:
             self._producer = None
-            half_closeable.writeConnectionLost()
+            self.tell(half_closeable.writeConnectionLost)
         else:
             self._stop_producer()
             self.loseConnection()
@@ -297,9 +319,9 @@ class StreamTransport:
         if self._held:
             self._held = False
             if self._producer is not None:
-                self._producer.resumeProducing()
+                self.tell(self._producer.resumeProducing)
         elif self._producer is not None and not self._streaming:
-            self._producer.resumeProducing()
+            self.tell(self._producer.resumeProducing)
 
     def ended(self, reason: Failure) -> None:
         """The stream is over; the protocol is told once."""
@@ -312,12 +334,14 @@ class StreamTransport:
         protocol, self._protocol = self._protocol, None
         given_up, self._given_up = self._given_up, None
         if protocol is not None:
-            protocol.connectionLost(reason)
+            self.tell(protocol.connectionLost, reason)
         elif given_up is not None:
             given_up()
 
     def closed(self) -> None:
-        """Both directions ended in order."""
+        """Both directions ended in order: a pause has nothing to hold back any more."""
+        self._paused = False
+        self._tell_finished()
         self.ended(Failure(ConnectionDone()))
 
     # Inside.
@@ -336,11 +360,17 @@ class StreamTransport:
                 self._give(buffers)
         finally:
             self._delivering = False
-        if self._finish_pending and not self._inbound and not self._paused and self.connected:
+        self._tell_finished()
+
+    def _tell_finished(self) -> None:
+        """Tell the protocol of the peer's end, once it has everything before it."""
+        if self._protocol is None or self._paused or not self.connected:
+            return
+        if self._finish_pending and not self._inbound:
             self._finish_pending = False
             half_closeable = IHalfCloseableProtocol(self._protocol, None)
             if half_closeable is not None:
-                half_closeable.readConnectionLost()
+                self.tell(half_closeable.readConnectionLost)
             else:
                 self.loseConnection()
 
@@ -358,10 +388,10 @@ class StreamTransport:
     def _give(self, buffers: Sequence[memoryview]) -> None:
         assert self._protocol is not None
         if self._receiver is not None:
-            self._receiver.buffersReceived(buffers)
+            self.tell(self._receiver.buffersReceived, buffers)
         else:
             for index, buffer in enumerate(buffers):
-                self._protocol.dataReceived(bytes(buffer))
+                self.tell(self._protocol.dataReceived, bytes(buffer))
                 if self._paused or not self.connected:
                     self._inbound.extendleft(reversed(buffers[index + 1 :]))
                     buffers = buffers[: index + 1]
@@ -381,4 +411,4 @@ class StreamTransport:
     def _stop_producer(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            producer.stopProducing()
+            self.tell(producer.stopProducing)

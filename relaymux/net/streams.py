@@ -178,7 +178,7 @@ class SessionStreams:
             return
         stream = StreamTransport(self, event.stream_id, event.service, outgoing=False)
         self._streams[event.stream_id] = stream
-        service.stream_opened(stream)
+        stream.tell(service.stream_opened, stream)
 
     def _closed(self, stream: StreamTransport, event: StreamClosed) -> None:
         missing = event.accepted - event.delivered
