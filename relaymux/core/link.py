@@ -106,6 +106,7 @@ class Link:
         self._ping_number = 0
         self._pong: bytes | None = None
         self._ack_at: float | None = None
+        self._resumes = False
         # What is due is kept as state until it can leave: a transport that takes
         # nothing for long makes nothing grow here.
         self._ack_now = False
@@ -134,6 +135,7 @@ class Link:
         """Agree to the RESUME that was reported; L{attach} its session next."""
         if self.state is not LinkState.DECISION:
             raise LocalError(f"resumed while {self.state.value}")
+        self._resumes = True
         self._out.append(encode(Kind.RESUMED, 0, payload))
 
     def detach(self) -> None:
@@ -271,8 +273,12 @@ class Link:
             code, version, text = decode_reject(payload)
             if code == ErrorCode.VERSION_UNSUPPORTED:
                 text = f"{text} (the peer speaks version {version})"
-            # In answer to our WELCOME, the session it was to begin ends as well.
-            return [self._end(code, text, by_peer=True, session_over=self.session is not None)]
+            # In answer to our WELCOME, the session it was to begin ends as well.  One that
+            # was only to go on here may go on elsewhere, if the peer agrees about the bytes.
+            session_over = self.session is not None
+            if self._resumes:
+                session_over = code == ErrorCode.OFFSET_MISMATCH
+            return [self._end(code, text, by_peer=True, session_over=session_over)]
         if kind == Kind.RESUME and self.state is LinkState.HELLO:
             self.state = LinkState.DECISION
             return [ResumeReceived(decode_resume(payload))]

@@ -251,6 +251,11 @@ class Session:
         return not self.streams and not self._control and not self.replay.held_bytes
 
     @property
+    def untouched(self) -> bool:
+        """Whether nothing that was said was acknowledged, and nothing was heard."""
+        return not self.rx_next and not self.replay.acknowledged
+
+    @property
     def ack_due(self) -> bool:
         """Whether an ack should leave at once."""
         return self.rx_next - self.rx_acknowledged >= self._ack_bytes

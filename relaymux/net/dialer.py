@@ -72,7 +72,7 @@ class LinkFactory(Factory):
 
     def buildProtocol(self, addr: IAddress | None) -> LinkProtocol | None:
         """See C{IProtocolFactory.buildProtocol}."""
-        return self._peer.build_link()
+        return None if self._peer.turns_away() else self._peer.build_link()
 
 
 class Dialer:

@@ -24,6 +24,7 @@ class HeldSession:
     @ivar window: seconds without a link after which the session is over; 0: at once.
     @ivar generation: the number of the newest link that was tried (by the dialler)
         or agreed to (by the acceptor).
+    @ivar connection: the number of the newest connection that carried it.
     @ivar lost_at: when the last link was lost; L{None} while there is one.
     @ivar timer: ends the session when the window is over.
     """
@@ -36,6 +37,7 @@ class HeldSession:
         self.identity = identity
         self.window = window
         self.generation = 0
+        self.connection = 0
         self.lost_at: float | None = None
         self.timer: IDelayedCall | None = None
         self._ticket = ticket

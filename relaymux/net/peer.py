@@ -134,18 +134,22 @@ class Peer:
 
     # Links
 
-    def build_link(self) -> LinkProtocol | None:
-        """@return: the protocol for a new connection; L{None} if too many are in their handshake."""
-        if len(self._handshaking) >= MAX_HANDSHAKES:
-            self._quiet_log.warn(
-                "handshakes",
-                "link {peer}: closing a new connection: {count} others have not said who they are",
-                peer=self.name,
-                count=len(self._handshaking),
-            )
-            return None
+    def build_link(self) -> LinkProtocol:
+        """@return: the protocol for a new connection to this peer."""
         self._number += 1
         return LinkProtocol(self._reactor, self._make_link, self, self._number)
+
+    def turns_away(self) -> bool:
+        """Whether a new connection is to be closed: too many have not said who they are.  Logged if so."""
+        if len(self._handshaking) < MAX_HANDSHAKES:
+            return False
+        self._quiet_log.warn(
+            "handshakes",
+            "link {peer}: closing a new connection: {count} others have not said who they are",
+            peer=self.name,
+            count=len(self._handshaking),
+        )
+        return True
 
     def _make_link(self, protocol: LinkProtocol) -> Link:
         self._handshaking.add(protocol)
@@ -223,6 +227,11 @@ class Peer:
                 f"refused daemon {hello.name}, as daemon {self.daemon} has the session;"
                 " give each a [link] section of its own"
             )
+            link.end(link.link.reject(ErrorCode.BUSY, text))
+            return
+        if self._held is not None and link.number < self._held.connection:
+            # It was under way for long: the dialling daemon has given that connection up since.
+            text = f"daemon {hello.name} is connected already, by a newer connection"
             link.end(link.link.reject(ErrorCode.BUSY, text))
             return
         if self._held is not None:
@@ -326,6 +335,7 @@ class Peer:
         held.stop_timer()
         held.lost_at = None
         self._handshaking.discard(link)
+        held.connection = link.number
         self._link = link
         link.link.attach(held.streams.session, held.remote.limits, self._reactor.seconds())
         if self.listener is not None:
@@ -399,6 +409,10 @@ class Peer:
         held.stop_timer()
         self._held = None
         streams = held.streams
+        if streams.session.untouched and not self._draining:
+            # The peer may never have heard of it: what was wanted waits for the next one.
+            for request in streams.take_back():
+                self._waiting.add(request)
         lost = streams.session.undelivered_bytes
         stuck = streams.session.unconsumed_bytes
         self.undelivered += lost + stuck + streams.undelivered

@@ -123,6 +123,20 @@ class SessionStreams:
         self._streams[stream_id] = request.stream
         self._unanswered[stream_id] = request
 
+    def take_back(self) -> list[OpenRequest]:
+        """
+        Undo L{open}; of use only when the session is to end.
+
+        @return: the requests that were not answered, oldest first.
+        """
+        requests = list(self._unanswered.values())
+        self._unanswered.clear()
+        for request in requests:
+            assert request.stream is not None
+            del self._streams[request.stream.stream_id]
+            request.stream = None
+        return requests
+
     def handle(self, events: Iterable[Event]) -> None:
         """Tell the streams concerned."""
         for event in events:
