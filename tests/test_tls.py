@@ -279,6 +279,19 @@ class EndTests(TLSTestCase):
             self.assertGreater(len(server.received), 900_000)
             self.assertIsInstance(await self.lost(client), ConnectionLost)
 
+    async def test_answer_to_what_came_before_a_wrong_bit(self) -> None:
+        """Writing, while what is wrong was found and not told yet, does not hide it."""
+        for engine in (FastEngine, Engine):
+            self.patch(tlssockets, "make_engine", engine)
+            self.client, self.server = RecorderFactory(), RecorderFactory()
+            client, server = await self.pair(wire=True)
+            server.on_data = lambda server=server: server.transport.write(b"answer")
+            self.wire.mangle = flip_one_bit_at(1_000_000)
+            client.transport.writeBuffers([LARGE])
+            self.assertIn("bad record mac", str(await self.lost(server)))
+            self.assertEqual(server.received, LARGE[: len(server.received)])
+            self.assertIsInstance(await self.lost(client), ConnectionLost)
+
     async def test_peer_that_does_not_read(self) -> None:
         """Closing takes no longer than its deadline, whatever the peer does."""
         client, server = await self.pair()

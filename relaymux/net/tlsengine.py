@@ -63,6 +63,11 @@ class Engine:
         self._pool = pool
         self._error: SSL.Error | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the next C{read_into} raises: OpenSSL encrypts nothing after an error."""
+        return self._error is not None
+
     def feed(self, data: memoryview) -> None:
         """Encrypted bytes have arrived; they are copied."""
         self.connection.bio_write(data)

@@ -77,7 +77,7 @@ class EncryptingConsumer:
 
     def _encrypt(self) -> None:
         """Encrypt and hand down what the socket takes."""
-        while self._queued and not self._held and self._reason is None:
+        while self._queued and not (self._held or self._reason or self._engine.failed):
             for data in self._next_batch():
                 self._engine.encrypt(data)
             self._send_encrypted()

@@ -303,7 +303,7 @@ class FaultTestCase(SynchronousTestCase):
             daemon.signal(signal.SIGTERM)
             self.assertEqual(daemon.ended(), 0)
             self.assertEqual(daemon.numbers(STOPPED)[-1], (0, 0))
-            self.assertEqual(daemon.trouble(), "")
+            self.assertFalse(daemon.trouble(), daemon.trouble())
 
     def assert_failed(self, pair: Pair) -> None:
         """

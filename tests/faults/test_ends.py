@@ -239,7 +239,7 @@ class WaitingTests(EndTestCase):
             pair.a.kill()
             pair.wire.do("refuse")
             pair.a.start()
-            pair.a.wait_for("no connection to")
+            pair.a.wait_for("relaymux hv-a started", 2)
             self.connect_in_an_outage(pair, 8)
 
     def test_too_late(self) -> None:
