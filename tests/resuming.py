@@ -173,6 +173,7 @@ class Hosts:
             return fail(ConnectionRefusedError())
         client = (protocolFactory or LinkFactory(self.a.peer)).buildProtocol(None)
         server = LinkFactory(self.b.peer).buildProtocol(None)
+        assert client is not None and server is not None
         number = len(self.wires)
         if self.exporting:
             for protocol in (client, server):
