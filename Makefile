@@ -7,10 +7,12 @@
 #               fetched, stays
 #
 # PYTHON=... chooses another interpreter (3.10 or newer) for the virtualenv,
-# VENV=... another place for it, TESTS=... some tests instead of all.
+# VENV=... another place for it, TESTS=... some tests instead of all.  CUTS=3 with demo
+# cuts the link so often during the migration.
 
 VENV ?= .venv
 TESTS ?= tests
+CUTS ?= 0
 BIN = $(VENV)/bin
 
 # trial runs the modules that take a moment, so that its own reactor and its way of
@@ -34,7 +36,7 @@ qemu: venv
 
 demo:
 	scripts/bootstrap demo $(VENV)
-	$(BIN)/python -m relaymux.demo
+	$(BIN)/python -m relaymux.demo --cuts $(CUTS)
 
 bench: venv
 	$(BIN)/python -m benchmarks

@@ -27,12 +27,14 @@ from rich.table import Table
 from rich.text import Text
 
 from relaymux.testing.qemu.console import GuestFailed
+from relaymux.testing.qemu.cuts import Cut, Cutter, ProxyFailed
 from relaymux.testing.qemu.install import ensure_tools
 from relaymux.testing.qemu.machine import CommandFailed, MachineEnded
 from relaymux.testing.qemu.plan import MigrationFailed, Mode, Progress
 from relaymux.testing.qemu.rehearsal import SELECTED_DISKS, Carrier, Check, Direct, Rehearsal
 from relaymux.testing.qemu.relays import TRANSPORTS, RelayFailed, RelayPair
 from relaymux.testing.qemu.tools import QemuTools, QemuUnavailable
+from relaymux.testing.qemu.verdict import relay_checks
 
 __all__ = ["main"]
 
@@ -42,8 +44,14 @@ _CHANNELS = 4
 #: Seconds between two lines of progress where there is no terminal.
 _LINE_SECONDS = 1.0
 
+#: Each takes half a second of the migration.
+_MOST_CUTS = 100
+
+#: Cuts on a terminal, the last ones.
+_CUTS_SHOWN = 8
+
 #: What goes wrong with a migration rather than with this program.
-_FAILURES = (CommandFailed, GuestFailed, MachineEnded, MigrationFailed, RelayFailed)
+_FAILURES = (CommandFailed, GuestFailed, MachineEnded, MigrationFailed, ProxyFailed, RelayFailed)
 
 
 class _Display:
@@ -58,6 +66,7 @@ class _Display:
             DownloadColumn(binary_units=True),
             auto_refresh=False,
         )
+        self._cuts: dict[int, str] = {}
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
         self._line = ""
@@ -90,6 +99,19 @@ class _Display:
             parts = [f"{name} {100 * item.done // item.total} %" for name, item in transfers.items()]
             self._say(progress.phase, f"{progress.phase}: {', '.join(parts)}" if parts else progress.phase)
 
+    def show_cut(self, cut: Cut, mended: bool) -> None:
+        """Show that the link is down, or up again."""
+        outage = cut.outage
+        assert outage is not None
+        down = (
+            f"link cut while {cut.phase}: {outage.streams} streams wait, {outage.held:,} bytes on their way"
+        )
+        back = f"resumed after {outage.seconds} s, {outage.again:,} bytes sent again, {outage.lost} lost"
+        if self._console.is_terminal:
+            self._cuts[cut.number] = f"{cut.number}. {down}; {back}" if mended else f"{cut.number}. {down}"
+        else:
+            self._console.print(f"  {cut.number}. {back if mended else down}")
+
     def _say(self, phase: str, line: str) -> None:
         if phase == self._phase and (line == self._line or time.monotonic() - self._said < _LINE_SECONDS):
             return
@@ -97,7 +119,8 @@ class _Display:
         self._console.print(f"  {line}")
 
     def _render(self) -> RenderableType:
-        return Group(Text(f"  {self._phase}", style="bold"), self._bars)
+        cuts = [Text(f"  {line}", style="yellow") for line in list(self._cuts.values())[-_CUTS_SHOWN:]]
+        return Group(Text(f"  {self._phase}", style="bold"), self._bars, *cuts)
 
 
 async def _migrate(
@@ -108,7 +131,7 @@ async def _migrate(
         carrier: Carrier = Direct(directory)
         relays: RelayPair | None = None
         if transport is not None:
-            carrier = relays = RelayPair(directory, transport, SELECTED_DISKS)
+            carrier = relays = RelayPair(directory, transport, SELECTED_DISKS, proxied=arguments.cuts > 0)
             await stack.enter_async_context(relays)
             console.print(f"Two daemons, {transport} between them. Migrating, {arguments.mode}:")
         else:
@@ -123,15 +146,24 @@ async def _migrate(
                 channels=_CHANNELS,
                 report=display.show,
             )
+            cutter = None
+            if relays is not None and relays.proxy is not None:
+                cutter = Cutter(relays.proxy, relays.outages, rehearsal.mode, arguments.cuts)
+                cutter.changed = display.show_cut
+                cutter.join(rehearsal)
             try:
                 checks = await rehearsal.run()
             except _FAILURES:
                 if relays is not None:
                     console.print(relays.logs(), markup=False, highlight=False)
                 raise
+            finally:
+                if cutter is not None:
+                    await cutter.finish()
         if relays is not None:
             await relays.close()
-            checks += relays.checks(rehearsal.mode, rehearsal.channels)
+            cuts = cutter.cuts if cutter is not None else ()
+            checks += relay_checks(relays, rehearsal.mode, rehearsal.channels, cuts, arguments.cuts)
             console.print(
                 f"The daemons took {relays.cpu:.1f} s of processor time and at most "
                 f"{relays.peak / 2**20:.0f} MiB of memory each."
@@ -211,11 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--disk-size", type=int, default=64, metavar="MIB", help="size of each disk (%(default)s)"
     )
+    parser.add_argument(
+        "--cuts", type=int, default=0, metavar="N", help="cut the link N times, in all phases (%(default)s)"
+    )
     parser.add_argument("--direct", action="store_true", help="without a relay, for comparison")
     parser.add_argument("--keep", action="store_true", help="keep the files, configurations and logs")
     chosen = parser.parse_args(arguments)
     if chosen.disk_size < 4:
         parser.error("--disk-size: a disk has at least 4 MiB")
+    if not 0 <= chosen.cuts <= _MOST_CUTS:
+        parser.error(f"--cuts: there can be 0 to {_MOST_CUTS}")
     console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
     try:
         return asyncio.run(_run(chosen, console))

@@ -42,15 +42,19 @@ class DemoTests(QemuTestCase):
     def test_success(self) -> None:
         """All checks are named, each with its evidence, in plain lines where there is no terminal."""
         status, lines = self.demo(
-            "-m", "relaymux.demo", "--transport=unix", "--mode=multifd", "--disk-size=32"
+            "-m", "relaymux.demo", "--transport=unix", "--mode=multifd", "--disk-size=32", "--cuts=2"
         )
         self.assertEqual(status, 0, "\n".join(lines))
         checks = lines[lines.index("Verified:") + 1 : -1]
-        self.assertEqual(len(checks), 9, "\n".join(lines))
+        self.assertEqual(len(checks), 11, "\n".join(lines))
         for check in checks:
             self.assertRegex(check, r"^ok: [^:]+: .+")
         self.assertNotIn("\x1b", "".join(lines))
         self.assertTrue(any(line.startswith("copying disks: vda ") for line in lines))
+        for number, phase in enumerate(("copying disks", "sending memory"), 1):
+            cut = lines.index(next(line for line in lines if line.startswith(f"{number}. link cut")))
+            self.assertIn(f"while {phase}: ", lines[cut])
+            self.assertRegex("\n".join(lines[cut:]), rf"(?m)^{number}\. resumed after .* 0 lost$")
 
     def test_failure(self) -> None:
         """A relay that does not work ends it with status 1, after the same without the relay."""

@@ -25,7 +25,7 @@ class RehearsalTests(QemuTestCase):
         rehearsal = Rehearsal(self.tools, self.directory, Direct(self.directory), memory=80)
         checks = run(rehearsal.run())
         self.assertEqual([check for check in checks if not check.passed], [])
-        self.assertEqual(len(checks), 5)
+        self.assertEqual(len(checks), 6)
 
 
 class RollBackTests(QemuTestCase):
@@ -104,7 +104,7 @@ class RollBackTests(QemuTestCase):
         """The destination is gone in the middle of the memory, and with it the disk's connection."""
 
         def watch(destination: Machine, progress: Progress) -> None:
-            if progress.phase == "sending memory":
+            if progress.phase == "sending memory" and progress.memory is not None:
                 os.kill(destination.pid, signal.SIGKILL)
 
         # Slow enough to be in the middle for seconds.
@@ -117,7 +117,7 @@ class RollBackTests(QemuTestCase):
         victims: list[Machine] = []
 
         def watch(destination: Machine, progress: Progress) -> None:
-            if progress.phase == "copying disks" and destination not in victims:
+            if progress.disks and destination not in victims:
                 victims.append(destination)
                 os.kill(destination.pid, signal.SIGKILL)
 

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-
-from twisted.trial.unittest import SkipTest
 
 from relaymux.testing.qemu.guest import GuestSettings, boot_sector
 from relaymux.testing.qemu.machine import Disk, Machine
 from relaymux.testing.qemu.migrate import Migration
 from relaymux.testing.qemu.plan import DiskRoute, MigrationFailed, MigrationPlan, Mode
-from relaymux.testing.qemu.rehearsal import SELECTED_DISKS, Check, Rehearsal
 from relaymux.testing.qemu.relays import RelayPair
-from tests.qemu.support import MIB, QemuTestCase, run
+from tests.qemu.support import MIB, QemuTestCase, RelayedTestCase, run
 
 
-class RelayedMigrationTests(QemuTestCase):
-    """A live guest and two of its three disks; the third stays."""
-
-    def migrate(self, transport: str, mode: Mode, link_options: Sequence[str] = ()) -> None:
-        """Migrate; every check must pass."""
-
-        async def scenario() -> list[Check]:
-            async with RelayPair(self.directory, transport, SELECTED_DISKS, link_options) as relays:
-                rehearsal = Rehearsal(self.tools, self.directory, relays, mode=mode, memory=80)
-                try:
-                    checks = await rehearsal.run()
-                except Exception:
-                    print(relays.logs(60))
-                    raise
-                await relays.close()
-                return checks + relays.checks(mode, rehearsal.channels)
-
-        wrong = [check for check in run(scenario(), 120) if not check.passed]
-        self.assertEqual(wrong, [])
+class RelayedMigrationTests(RelayedTestCase):
+    """Through a link that holds."""
 
     def test_plain_tls(self) -> None:
         """One connection for the memory, through TLS."""
@@ -46,13 +25,11 @@ class RelayedMigrationTests(QemuTestCase):
 
     def test_postcopy_tls(self) -> None:
         """The guest moves before its memory; the channel for urgent pages has no bytes at first."""
-        if self.tools.version < (7, 1):
-            raise SkipTest(f"{self.tools.description} has no postcopy-preempt; 7.1 has")
         self.migrate("tls", Mode.POSTCOPY)
 
     def test_plain_tcp(self) -> None:
         """Through TCP, with the smallest windows and replay buffer that a file may have."""
-        self.migrate("tcp", Mode.PLAIN, ("window = 16K", "replay-buffer = 64K"))
+        self.migrate("tcp", Mode.PLAIN, link_options=("window = 16K", "replay-buffer = 64K"))
 
 
 class FarSideMissingTests(QemuTestCase):

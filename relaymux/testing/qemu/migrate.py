@@ -32,6 +32,7 @@ class Migration:
     """
     One migration; L{run} it once.
 
+    @ivar entering: awaited with each phase's name before the phase begins.
     @ivar at_switchover: awaited while the guest is stopped and its disks are
         complete on the destination, which has not run it yet.
     @ivar report: given the progress several times a second.
@@ -43,6 +44,7 @@ class Migration:
     plan: MigrationPlan
     report: Callable[[Progress], None] = lambda progress: None
     at_switchover: Callable[[], Awaitable[None]] | None = None
+    entering: Callable[[str], Awaitable[None]] | None = None
     phase: str = "preparing"
     statistics: dict[str, Any] = field(default_factory=dict)
     _memory: Transfer | None = None
@@ -80,6 +82,12 @@ class Migration:
             await asyncio.gather(watcher, return_exceptions=True)
 
     # The steps, in their order.
+
+    async def _enter(self, phase: str) -> None:
+        self.phase = phase
+        self.report(self.progress)
+        if self.entering is not None:
+            await self.entering(phase)
 
     async def _prepare(self) -> None:
         """Tell both sides how; let the destination listen."""
@@ -124,7 +132,7 @@ class Migration:
 
     async def _copy_disks(self) -> None:
         """Mirror each disk through its own socket, until source and destination agree."""
-        self.phase = "copying disks"
+        await self._enter("copying disks")
         for disk in self.plan.disks:
             await self.source.execute(
                 "blockdev-add",
@@ -152,7 +160,7 @@ class Migration:
 
     async def _send_memory(self) -> None:
         """Send memory while the guest runs, until it can be stopped for the rest."""
-        self.phase = "sending memory"
+        await self._enter("sending memory")
         await self.source.execute("migrate", {"uri": f"unix:{self.plan.ram_socket}"})
         if self.plan.mode is Mode.POSTCOPY:
             while not self._memory or self._memory.done < self._memory.total * _PRECOPY_SHARE:
@@ -164,8 +172,8 @@ class Migration:
         await self._status(self.source, "pre-switchover")
 
     async def _switch_over(self) -> None:
-        """The guest is stopped: finish the disks, then let the machine's state go."""
-        self.phase = "switching over"
+        """The guest is stopped: finish the disks."""
+        await self._enter("switching over")
         for disk in self.plan.disks:
             # Cancelling a mirror that is ready finishes it and keeps the source's own disk.
             await self.source.execute("block-job-cancel", {"device": f"mirror-{disk.name}"})
@@ -176,12 +184,12 @@ class Migration:
             self._disks[disk.name] = Transfer(size, size)
         if self.at_switchover is not None:
             await self.at_switchover()
-        await self.source.execute("migrate-continue", {"state": "pre-switchover"})
 
     async def _hand_over(self) -> None:
-        """Run the guest on the destination."""
+        """Let go, and run the guest on the destination."""
+        await self._enter("fetching memory" if self.plan.mode is Mode.POSTCOPY else "handing over")
+        await self.source.execute("migrate-continue", {"state": "pre-switchover"})
         if self.plan.mode is Mode.POSTCOPY:
-            self.phase = "fetching memory"
             await self._status(self.source, "postcopy-active")
             await self._status(self.destination, "postcopy-active")
             await self._resume_destination()

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -97,6 +97,8 @@ class Rehearsal:
     """
     @ivar directory: empty and private, with a short path; everything is made in it.
     @ivar disk_bytes: size of each disk.
+    @ivar reconnect_delay: see L{MigrationPlan}.
+    @ivar entering: see L{Migration}.
     @ivar checks: what was verified, when L{run} is done.
     """
 
@@ -108,7 +110,9 @@ class Rehearsal:
     memory: int = 128
     pages_per_tick: int = 60
     channels: int = 4
+    reconnect_delay: int = 30
     report: Callable[[Progress], None] = lambda progress: None
+    entering: Callable[[str], Awaitable[None]] | None = None
     checks: list[Check] = field(default_factory=list)
     _comparing: float = 0.0
 
@@ -134,7 +138,9 @@ class Rehearsal:
                 self.report(Progress("booting the guest", None, {}))
                 await source.console.wait_tick(guest.lap_ticks // 4, 60)
                 migration = Migration(source, destination, self._plan(), self.report, self._compare_disks)
+                migration.entering = self.entering
                 await migration.run()
+                self._check_events(source, destination)
             self.report(replace(migration.progress, phase="letting the guest verify itself"))
             # Until every page and every block was verified where it is now.
             start = source.console.last
@@ -156,6 +162,7 @@ class Rehearsal:
             channels=self.channels,
             bandwidth=_POSTCOPY_BANDWIDTH if self.mode is Mode.POSTCOPY else 1 << 30,
             postcopy_bandwidth=_POSTCOPY_BANDWIDTH // 2,
+            reconnect_delay=self.reconnect_delay,
         )
 
     def _image(self, side: str, name: str) -> Path:
@@ -207,6 +214,19 @@ class Rehearsal:
             ticks.end - ticks.last > guest.lap_ticks,
             f"since then it verified all {guest.pages:,} pages, and {guest.blocks} blocks "
             f"it had written on each of {' and '.join(SELECTED_DISKS)}",
+        )
+
+    def _check_events(self, source: Machine, destination: Machine) -> None:
+        """Whether QEMU met an error, even one that it got over."""
+        events = source.events + destination.events
+        wrong = [event.name for event in events if event.name == "BLOCK_JOB_ERROR" or "error" in event.data]
+        mirrors = sum(event.name == "BLOCK_JOB_COMPLETED" for event in source.events)
+        states = [event.data["status"] for event in source.events if event.name == "MIGRATION"]
+        self._add(
+            "QEMU met no error",
+            not wrong and mirrors == len(SELECTED_DISKS) and "postcopy-paused" not in states,
+            f"{mirrors} mirrors completed with {', '.join(wrong) if wrong else 'no block job error'}; "
+            f"the migration was {', '.join(states)}",
         )
 
     def _check_mode(self, migration: Migration) -> None:

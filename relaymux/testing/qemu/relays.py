@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 from relaymux.certificates import make_certificates
-from relaymux.testing.qemu.observe import cpu_seconds, peak_memory, tcp_connections, unix_connections
-from relaymux.testing.qemu.plan import Mode
-from relaymux.testing.qemu.rehearsal import Check
+from relaymux.testing.qemu.cuts import LinkProxy
+from relaymux.testing.qemu.observe import cpu_seconds, peak_memory
+from relaymux.testing.qemu.outages import LinkWatch, Outage, links_up, outages
 
 __all__ = ["TRANSPORTS", "RelayFailed", "RelayPair"]
 
@@ -34,8 +34,6 @@ _LOOK_SECONDS = 0.05
 
 #: Seconds for a daemon to deliver what it has and end.
 _DRAIN_SECONDS = 10.0
-
-_LINK_UP = re.compile(r"link \S+: up\b")
 
 _OPENED = re.compile(r"(?:disk|stream) (\S+?)\]?: connection \d+ open\b")
 
@@ -91,22 +89,24 @@ class RelayPair:
     @ivar transport: one of L{TRANSPORTS}.
     @ivar disks: the disks that have a socket of their own.
     @ivar link_options: further lines for both C{[link]} sections.
+    @ivar proxied: whether there is a proxy between the two.
+    @ivar proxy: that, once started.
     @ivar statuses: the daemons' exit statuses, once closed.
     @ivar cpu: processor seconds of both daemons together, once closed.
     @ivar peak: the most resident bytes of either daemon, once closed.
-    @ivar looks: how often the kernel was asked for the daemons' connections.
-    @ivar connections: those it named, from the dialing side to the listening one.
+    @ivar watch: what the kernel says of the link, once started.
     """
 
     directory: Path
     transport: str = "tls"
     disks: Sequence[str] = ()
     link_options: Sequence[str] = ()
+    proxied: bool = False
+    proxy: LinkProxy | None = None
     statuses: list[int] = field(default_factory=list)
     cpu: float = 0.0
     peak: int = 0
-    looks: int = 0
-    connections: set[str] = field(default_factory=set)
+    watch: LinkWatch | None = None
     _watcher: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
@@ -148,6 +148,8 @@ class RelayPair:
         """
         await asyncio.to_thread(self._configure)
         try:
+            if self.proxy is not None:
+                await self.proxy.start()
             for daemon in (self.destination, self.source):
                 await daemon.start()
             await asyncio.wait_for(self._until_ready(), _START_SECONDS)
@@ -157,7 +159,8 @@ class RelayPair:
         except BaseException:
             await self.close()
             raise
-        self._watcher = asyncio.ensure_future(self._watch())
+        self.watch = LinkWatch(self.source.pid, self.destination.pid)
+        self._watcher = asyncio.ensure_future(self._look(self.watch))
 
     async def close(self) -> None:
         """Let both daemons drain and end; a second call does nothing."""
@@ -180,10 +183,16 @@ class RelayPair:
                     await process.wait()
             assert process.returncode is not None
             self.statuses.append(process.returncode)
+        if self.proxy is not None:
+            await self.proxy.close()
 
     def links_up(self) -> list[int]:
         """@return: for each daemon, how many links its log says came up."""
-        return [len(_LINK_UP.findall(daemon.said())) for daemon in (self.source, self.destination)]
+        return [links_up(daemon.said()) for daemon in (self.source, self.destination)]
+
+    def outages(self) -> tuple[list[Outage], list[Outage]]:
+        """@return: the times without a link, as the dialling daemon and the other tell them."""
+        return outages(self.source.said()), outages(self.destination.said())
 
     def opened(self) -> dict[str, int]:
         """@return: by the names of the sections, how many connections the source's log says were opened."""
@@ -197,33 +206,6 @@ class RelayPair:
             parts += [f"{daemon.name}:", *daemon.said().splitlines()[-lines:]]
         return "\n".join(parts)
 
-    def checks(self, mode: Mode, channels: int) -> list[Check]:
-        """
-        What the relay has to show for itself, once closed.
-
-        @param channels: how many multifd was to use.
-        """
-        links = self.links_up()
-        once = Check(
-            "one connection joined the two daemons",
-            len(self.connections) == 1 and links == [1, 1],
-            f"the kernel named {len(self.connections)} in {self.looks} looks "
-            f"({', '.join(sorted(self.connections))}); the logs have {links[0]} and {links[1]} links",
-        )
-        ram = {Mode.PLAIN: 1, Mode.MULTIFD: channels + 1, Mode.POSTCOPY: 2}[mode]
-        opened = self.opened()
-        streams = Check(
-            "memory and each disk had streams of their own",
-            opened == {"ram": ram} | dict.fromkeys(self.disks, 1),
-            ", ".join(f"{name} {count}" for name, count in sorted(opened.items())) + " and no other",
-        )
-        ended = Check(
-            "the daemons delivered all they had taken",
-            self.statuses == [0, 0],
-            f"they ended with status {' and '.join(map(str, self.statuses))}",
-        )
-        return [once, streams, ended]
-
     async def _until_ready(self) -> None:
         sockets = [self.ram_socket(), *map(self.disk_socket, self.disks)]
         while not (all(path.is_socket() for path in sockets) and min(self.links_up()) > 0):
@@ -234,36 +216,28 @@ class RelayPair:
                     )
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _watch(self) -> None:
+    async def _look(self, watch: LinkWatch) -> None:
         """Ask the kernel for the daemons' connections, again and again."""
         while True:
             try:
-                self._look()
+                watch.look()
             except FileNotFoundError:
                 return  # a daemon has ended; whoever uses it notices
             await asyncio.sleep(_LOOK_SECONDS)
-
-    def _look(self) -> None:
-        tcp = tcp_connections(self.source.pid)
-        # The listening side holds the other ends of the same.
-        tcp |= {(remote, local) for local, remote in tcp_connections(self.destination.pid)}
-        self.connections |= {f"{local} to {remote}" for local, remote in tcp}
-        # Its services' sockets are QEMU's, so what this side accepts is the link.
-        accepted = unix_connections(self.destination.pid)
-        self.connections |= {f"UNIX socket with inode {inode}" for inode in accepted}
-        self.looks += 1
 
     def _configure(self) -> None:
         pki = self.directory / "pki"
         if self.transport == "tls":
             make_certificates(pki, ["hv-a.example", "hv-b.example"])
-        link_socket = self.directory / "link.sock"
-        address = str(link_socket) if self.transport == "unix" else f"127.0.0.1:{_free_port()}"
-        ends = (self.source, "hv-b", "connect"), (self.destination, "hv-a", "listen")
-        for daemon, other, role in ends:
+        address = target = self._free_address("link.sock")
+        if self.proxied:
+            address = self._free_address("proxy.sock")
+            self.proxy = LinkProxy(self.directory, address, target)
+        ends = (self.source, "hv-b", "connect", address), (self.destination, "hv-a", "listen", target)
+        for daemon, other, role, where in ends:
             this = daemon.name
             lines = ["[relay]", f"name = {this}", "drain-timeout = 5"]
-            lines += [f"[link {other}]", f"transport = {self.transport}", f"{role} = {address}"]
+            lines += [f"[link {other}]", f"transport = {self.transport}", f"{role} = {where}"]
             if self.transport == "tls":
                 lines += [
                     f"certificate = {pki}/{this}.example.pem",
@@ -278,6 +252,9 @@ class RelayPair:
                 place = f"listen = {near}" if role == "connect" else f"connect = {far}"
                 lines += [f"[{section}]", f"link = {other}", place]
             daemon.configuration.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _free_address(self, name: str) -> str:
+        return str(self.directory / name) if self.transport == "unix" else f"127.0.0.1:{_free_port()}"
 
 
 def _twistd() -> str:
