@@ -128,8 +128,8 @@ class Bridge:
     ) -> None:
         """
         @param connected: called when the local connection is there.
-        @param lost: called once, when neither end is left, with the reason why
-            the first of them ended: C{ConnectionDone} if all was in order.
+        @param lost: called once, when neither end is left, with the first error
+            of either: C{ConnectionDone} if all was in order.
         """
         self.local = LocalEnd(self)
         self.connected = connected
@@ -160,7 +160,7 @@ class Bridge:
 
     def refuse(self, reason: Failure) -> None:
         """There will be no stream: close the local connection, as abruptly as the kernel can."""
-        self._reason = self._reason or reason
+        self._ended(reason)
         self.local.transport.abortConnection()
 
     # From the local end.
@@ -190,11 +190,12 @@ class Bridge:
     def local_lost(self, reason: Failure) -> None:
         """The local connection is gone."""
         self._local_open = False
-        self._reason = self._reason or reason
+        self._ended(reason)
         stream = self._stream
         if stream is not None and stream.connected:
             if reason.check(ConnectionDone):
-                # All it had was sent, and all it wanted was taken.
+                # All it had was read, and all it wanted was taken.
+                stream.unregisterProducer()
                 stream.loseConnection()
             elif stream.writable:
                 stream.abort(ErrorCode.LOCAL_RESET)
@@ -219,7 +220,7 @@ class Bridge:
 
     def stream_lost(self, reason: Failure) -> None:
         """The stream is over."""
-        self._reason = self._reason or reason
+        self._ended(reason)
         if self._local_open:
             if reason.check(ConnectionDone):
                 self.local.transport.unregisterProducer()
@@ -227,6 +228,11 @@ class Bridge:
             else:
                 self.local.transport.abortConnection()
         self._check_over()
+
+    def _ended(self, reason: Failure) -> None:
+        """Note why an end is gone.  What the other one lost afterwards is a loss all the same."""
+        if self._reason is None or self._reason.check(ConnectionDone):
+            self._reason = reason
 
     def _check_over(self) -> None:
         over = self._stream is None or not self._stream.connected
