@@ -1,5 +1,5 @@
 """
-Streams that are wanted before there is a session to open them in.
+Streams that are wanted before there is a link to open them on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from relaymux.net.streams import OpenRequest, SessionStreams
 
 __all__ = ["MAX_WAITING", "WaitingRoom"]
 
-#: Local connections that wait for a session, per peer.  Each holds one descriptor
+#: Local connections that wait for a link, per peer.  Each holds one descriptor
 #: and is closed after its open timeout; more than this is refused at once.
 MAX_WAITING = 1024
 
@@ -29,6 +29,10 @@ class WaitingRoom:
             request.fail(LocalError(f"{MAX_WAITING} connections wait for link {self._link_name} already"))
         else:
             self._requests.append(request)
+
+    def put_back(self, requests: list[OpenRequest]) -> None:
+        """Let C{requests}, oldest first, wait again: in front; at most C{max_streams} beyond the bound."""
+        self._requests.extendleft(reversed(requests))
 
     def remove(self, request: OpenRequest) -> None:
         """C{request}, which waits, is not wanted any more."""

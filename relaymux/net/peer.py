@@ -127,7 +127,7 @@ class Peer:
         self._link: LinkProtocol | None = None
         self._held: HeldSession | None = None
         self._services: dict[str, Service] = {}
-        self._waiting = WaitingRoom(name)  # empty with a session
+        self._waiting = WaitingRoom(name)  # empty with a link
         self._draining = False
         self._quiet_log = QuietLog(self._log, reactor.seconds)
         self._handshaking: set[LinkProtocol] = set()  # at most MAX_HANDSHAKES
@@ -411,8 +411,7 @@ class Peer:
         streams = held.streams
         if streams.session.untouched and not self._draining:
             # The peer may never have heard of it: what was wanted waits for the next one.
-            for request in streams.take_back():
-                self._waiting.add(request)
+            self._waiting.put_back(streams.take_back())
         lost = streams.session.undelivered_bytes
         stuck = streams.session.unconsumed_bytes
         self.undelivered += lost + stuck + streams.undelivered
@@ -456,10 +455,11 @@ class Peer:
             request.fail(LocalError("this daemon is shutting down"))
             return request.result
         request.timer = self._reactor.callLater(seconds, self._too_late, request, seconds)
-        if self._held is not None:
+        if self._held is not None and self._link is not None:
             self._held.streams.open(request)
             self.flush()
         else:
+            # Not opened before it can be said: the peer hears nothing of one that is given up meanwhile.
             self._waiting.add(request)
         return request.result
 

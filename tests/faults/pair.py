@@ -160,8 +160,9 @@ class Daemon:
 UP = r"link \S+: up,"
 DOWN = r"link \S+: down: "
 RESUMED = r"link \S+: resumed after ([\d.]+) s, connection \d+, generation (\d+)"
-OVER = r"session over: .*; (\d+) streams ended with it, (\d+) bytes from here and (\d+) for here not delivered"
-CLOSED = r"connection \d+ (?:closed|ended as an error: .*), (?:[^,]*\()?(\d+) bytes\)? sent, (?:[^,]*\()?(\d+) bytes\)? received"
+OVER = r"session over: .*; (\d+) streams ended with it, (\d+) bytes from here and (\d+) for here not deliv"
+_AMOUNT = r"(?:[\d.]+ \w+ \()?(\d+) bytes\)?"
+CLOSED = rf"connection \d+ (?:closed|ended as an error: .*), {_AMOUNT} sent, {_AMOUNT} received"
 STOPPED = r"stopped: (\d+) bytes taken from local programs were not delivered, exit status (\d+)"
 
 
@@ -182,17 +183,26 @@ class Pair:
         *,
         paths: int = 1,
         section: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-        start: bool = True,
+        fake_clock: str = "",
     ) -> None:
         """
         @param options: lines for both C{[link]} sections.
         @param section: lines for C{a}'s C{[stream]} section.
-        @param environment: of both daemons.
+        @param fake_clock: the library that gives both daemons the wall clock that
+            the file C{clock} says.
         """
         self.directory = Path(tempfile.mkdtemp(prefix="rmxf"))
-        self.a = Daemon("hv-a", self.directory, environment or {})
-        self.b = Daemon("hv-b", self.directory, environment or {})
+        environment = {}
+        if fake_clock:
+            (self.directory / "clock").write_text("+0d\n")
+            environment = {
+                "LD_PRELOAD": fake_clock,
+                "FAKETIME_TIMESTAMP_FILE": str(self.directory / "clock"),
+                "FAKETIME_NO_CACHE": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
+        self.a = Daemon("hv-a", self.directory, environment)
+        self.b = Daemon("hv-b", self.directory, environment)
         self.wires: list[Wire] = []
         self._port = free_port()
         self.pki = self.directory / "pki"
@@ -201,8 +211,7 @@ class Pair:
             self.wires = [Wire(f"127.0.0.1:{self._port}", seed + path) for path in range(paths)]
             self._configure(options, section)
             self.traffic = Traffic(self.directory / "a.sock", self.directory / "b.sock")
-            if start:
-                self.start()
+            self.start()
         except BaseException:
             self.close()
             raise
@@ -280,7 +289,7 @@ class FaultTestCase(SynchronousTestCase):
 
     @contextlib.contextmanager
     def pair(self, *options: str, **kwargs: Any) -> Iterator[Pair]:
-        """A pair with its link up; arguments as of L{Pair}.  When the test fails it says what the pair knows."""
+        """A pair with its link up; arguments as of L{Pair}.  A failure comes with what the pair knows."""
         pair = Pair(self.seed, options, **kwargs)
         try:
             yield pair
@@ -321,6 +330,6 @@ class FaultTestCase(SynchronousTestCase):
             reported = sum(int(lost) for _, lost, _ in daemon.numbers(OVER))
             arrived = sum(flow.received for flow in flows)
             offered = sum(flow.sent for flow in flows)
-            ledger = f"{daemon.name}: {offered:,} offered, {taken:,} taken, {arrived:,} arrived, {reported:,} reported"
+            ledger = f"{daemon.name}: {offered=:,} {taken=:,} {arrived=:,} {reported=:,}"
             self.assertTrue(arrived <= taken <= offered, ledger)
             self.assertTrue(taken - arrived <= reported <= taken, ledger)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from tests.faults.pair import (
     MIB,
@@ -19,7 +20,18 @@ from tests.faults.traffic import PATIENCE, wait_until
 MEDIUM = ("window = 256K", "replay-buffer = 2M")
 
 
-class CutTests(FaultTestCase):
+class CutTestCase(FaultTestCase):
+    """Traffic that is not to be over before the last cut."""
+
+    def is_cut(self, pair: Pair, cuts: int) -> bool:
+        """@return: whether there were so many cuts; fails when the traffic ends before."""
+        pair.traffic.check()
+        enough = pair.wire.status()["cuts"] >= cuts
+        self.assertTrue(enough or not pair.traffic.over, "all done before the last cut")
+        return enough
+
+
+class CutTests(CutTestCase):
     """Cuts while data is on its way."""
 
     def cut_often(self, pair: Pair, cuts: int, most: int, flow: int, rate: int = 8_000_000) -> None:
@@ -35,7 +47,7 @@ class CutTests(FaultTestCase):
             pair.wire.do("cut_each", most // 2, most, side)
         pair.wire.do("cut")
         pair.traffic.open(4, flow, flow)
-        wait_until(lambda: self.is_cut(pair, cuts), f"{cuts} cuts", 4 * PATIENCE, lambda: str(pair.wire.status()))
+        wait_until(lambda: self.is_cut(pair, cuts), f"{cuts} cuts", 4 * PATIENCE, pair.wire_logs)
         pair.wire.do("clear")
         pair.traffic.join()
         count = pair.wire.status()["cuts"]
@@ -43,18 +55,11 @@ class CutTests(FaultTestCase):
         pair.wait_resumed(count)
         seconds = [away for away, _ in pair.a.numbers(RESUMED)]
         self.say(
-            f"{count} cuts in {pair.traffic.size // MIB} MiB, resumed after {statistics.median(seconds):.2f} s"
-            f" (median), at most {max(seconds):.2f} s"
+            f"{count} cuts in {pair.traffic.size // MIB} MiB,"
+            f" resumed after {statistics.median(seconds):.2f} s (median), at most {max(seconds):.2f} s"
         )
         self.assertLessEqual(statistics.median(seconds), 2)
         self.assert_balanced(pair)
-
-    def is_cut(self, pair: Pair, cuts: int) -> bool:
-        """@return: whether there were so many cuts; fails when the traffic ends before."""
-        pair.traffic.check()
-        enough = pair.wire.status()["cuts"] >= cuts
-        self.assertTrue(enough or not all(flow.over for flow in pair.traffic.flows), "all done before the last cut")
-        return enough
 
     def test_20_cuts_in_100_mib(self) -> None:
         """Cuts at random places, in four streams both ways; the share of every test run."""
@@ -110,12 +115,13 @@ class DamageTests(FaultTestCase):
             for number, (damage, side) in enumerate(damages, 1):
                 pair.wire.do("damage", self.random.randrange(200_000), side, damage)
                 pair.wait_resumed(number)
-                self.assertFalse(all(flow.over for flow in pair.traffic.flows), "all done before the last damage")
-            self.assertEqual(sum(pair.wire.status()[f"{side}_damaged"] for side in ("up", "down")), len(damages))
+                self.assertFalse(pair.traffic.over, "all done before the last damage")
+            status = pair.wire.status()
+            self.assertEqual(status["up_damaged"] + status["down_damaged"], len(damages))
             self.assert_balanced(pair)
 
 
-class LateBytesTests(FaultTestCase):
+class LateBytesTests(CutTestCase):
     """What an old link had on its way arrives when nobody expects it any more."""
 
     def late(self, side: str, *, before: bool) -> None:
@@ -130,7 +136,7 @@ class LateBytesTests(FaultTestCase):
                 if before:
                     pair.wire.do("refuse")
                 pair.wire.do("hold", 100_000, 0.5, side)
-                wait_until(lambda number=number: pair.wire.status()["cuts"] >= number, "an old link")
+                wait_until(partial(self.is_cut, pair, number), "an old link")
                 if before:
                     self.assertGreater(pair.wire.do("release"), 0)
                     pair.wire.do("refuse", 0)

@@ -1,4 +1,4 @@
-"""What ends a session: time, a restart, a goodbye.  Then everybody is told, and nobody takes it for a clean end."""
+"""What ends a session: time, a restart, a goodbye.  All are told, and nobody takes it for a clean end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 
 from tests.faults.pair import (
     DOWN,
@@ -20,7 +21,8 @@ from tests.faults.pair import (
     Pair,
     thorough,
 )
-from tests.faults.traffic import PATIENCE, wait_until
+from tests.faults.traffic import wait_until
+from tests.faults.wire import Wire
 
 #: Bytes of each flow of traffic that is not to come to its end.
 ENDLESS = 4096 * MIB
@@ -264,6 +266,9 @@ class WaitingTests(EndTestCase):
 class PathTests(EndTestCase):
     """Several addresses of one peer."""
 
+    def has_carried(self, wire: Wire, count: int) -> bool:
+        return wire.status()["up_delivered"] > count
+
     def test_other_path(self) -> None:
         """When the first path dies the second carries on, and the first again when that dies."""
         with self.pair(*SMALL, paths=2) as pair:
@@ -277,11 +282,6 @@ class PathTests(EndTestCase):
                 before = other.status()["up_delivered"]
                 dying.do("cut")
                 pair.wait_resumed(number)
-                wait_until(
-                    lambda other=other, before=before: other.status()["up_delivered"] > before + 100_000,
-                    "the other path carries",
-                    PATIENCE,
-                    pair.logs,
-                )
+                wait_until(partial(self.has_carried, other, before + 100_000), "the other path carries")
                 dying.do("refuse", 0)
             self.assert_balanced(pair)

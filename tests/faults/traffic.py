@@ -240,6 +240,11 @@ class Traffic:
         return [flow for conversation in self.conversations for flow in conversation.flows]
 
     @property
+    def over(self) -> bool:
+        """Whether all flows are."""
+        return all(flow.over for flow in self.flows)
+
+    @property
     def received(self) -> int:
         """Bytes that arrived, of all flows."""
         return sum(flow.received for flow in self.flows)
@@ -259,7 +264,7 @@ class Traffic:
 
         def reached() -> bool:
             self.check()
-            return self.received >= count or all(flow.over for flow in self.flows)
+            return self.received >= count or self.over
 
         wait_until(reached, f"{count:,} bytes received", seconds, self.__str__)
 
@@ -267,7 +272,7 @@ class Traffic:
         """Wait until all flows are over."""
         began = time.monotonic()
         last, since = -1, began
-        while not all(flow.over for flow in self.flows):
+        while not self.over:
             self.check()
             now = time.monotonic()
             if self.received != last:

@@ -72,6 +72,7 @@ def main(listen: str, target: str, seed: str) -> None:
     from twisted.internet.stdio import StandardIO
     from twisted.protocols.basic import LineReceiver
 
+    from relaymux.errors import RelaymuxError
     from relaymux.testing.faults import Ending, FaultProxy
 
     proxy = FaultProxy(reactor, listen, target, seed=int(seed))
@@ -90,24 +91,20 @@ def main(listen: str, target: str, seed: str) -> None:
             try:
                 if method == "told":
                     self.answer(value=[str(event) for event in proxy.events])
-                elif method == "every_cut":
-                    low, high, refuse = args
-                    proxy.every(low, high, lambda: proxy.cut(refuse=refuse))
-                    self.answer(value=None)
                 else:
                     self.answer(value=getattr(proxy, method)(*args, **kwargs))
-            except Exception as error:
-                self.answer(error=repr(error))
+            except RelaymuxError as error:
+                self.answer(error=str(error))
 
         def answer(self, **answer: object) -> None:
             self.sendLine(json.dumps(answer, default=str).encode())
 
         def connectionLost(self, reason: Any = None) -> None:
-            if reactor.running:  # type: ignore[attr-defined]
-                reactor.stop()  # type: ignore[attr-defined]
+            if reactor.running:
+                reactor.stop()
 
     StandardIO(Control())
-    reactor.run()  # type: ignore[attr-defined]
+    reactor.run()
 
 
 if __name__ == "__main__":
