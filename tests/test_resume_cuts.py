@@ -369,7 +369,7 @@ class CutTests(SynchronousTestCase):
         self.assertGreater(BULK, 4 * SMALL.window)
         outcome = script.outcome()
         for one, other, label in (("hv-a", "hv-b", 0), ("hv-b", "hv-a", 10)):
-            ends = ["lost", "made", "read lost"]
+            ends = ["lost", "made", "read lost", "write lost"]
             for service, place in (("bulk", 0), ("slow", 1)):
                 [served] = outcome[f"served by {other} {service}"]
                 self.assertEqual(served, (stamped(label + place, BULK), ends, "ConnectionDone"))

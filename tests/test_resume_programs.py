@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections import Counter
+from functools import partial
 
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Protocol
@@ -34,6 +35,10 @@ class LeakTests(PeerTests):
 
     KINDS = (Link, LinkProtocol, HeldSession, StreamTransport, MemoryTransport, OpenRequest, Stream, Failure)
 
+    def is_up_again(self, hosts: Hosts, links: int) -> bool:
+        """Whether there is a link beyond the first C{links}."""
+        return len(hosts.wires) > links and hosts.a.peer.is_up
+
     def count(self) -> Counter[str]:
         gc.collect()
         return Counter(type(o).__name__ for o in gc.get_objects() if isinstance(o, self.KINDS))
@@ -54,10 +59,11 @@ class LeakTests(PeerTests):
             far.say(piece, finish=False)
             hosts.run(0.01)
             hosts.wire.cut(*random.choice([(), (hosts.wire.client,)]))
-            hosts.run(1.0, lambda: hosts.a.peer.is_up)
+            hosts.run(5.0, partial(self.is_up_again, hosts, len(hosts.wires)))
             hosts.wires[:] = hosts.wires[-1:]
             if number in (0, 500, 1000):
                 hosts.run(30.0)
+                hosts.wires[:] = hosts.wires[-1:]
                 sent.append((len(hosts.clock.getDelayedCalls()), self.count()))
         hosts.run(0.0)
         self.assert_same(near.received, bytes(expected))
