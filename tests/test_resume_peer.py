@@ -11,7 +11,7 @@ from twisted.python.failure import Failure
 from relaymux.core.handshake import Hello
 from relaymux.core.link import HANDSHAKE_SECONDS
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
-from relaymux.net.peer import ACCEPTOR_GRACE
+from relaymux.net.keeper import ACCEPTOR_GRACE
 from relaymux.net.stream import StreamTransport
 from tests.resumecase import WINDOW, Logged, PeerTests, changed
 from tests.resuming import SMALL, Hosts, Talker, begin, stamped

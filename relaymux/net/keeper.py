@@ -1,0 +1,413 @@
+"""
+Keeps one session with the other daemon, over any number of links.
+
+It makes the protocol for each new link and decides about the handshake.  One
+session at a time, and at most one link of it.  A session without a link is held
+for the resume window: its streams stay open and notice nothing but that nobody
+takes their bytes.  A new link takes it on where the old one broke off.  Only a
+goodbye, a protocol error, another process at the other end, or time ends a
+session; then all its streams end as errors, on both sides, so that nobody takes
+a cut stream for a finished one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol as Contract
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from relaymux.core.events import (
+    Event,
+    GoawayReceived,
+    HelloReceived,
+    LinkEnded,
+    ResumedReceived,
+    ResumeReceived,
+    WelcomeReceived,
+)
+from relaymux.core.handshake import Hello, Limits, Welcome
+from relaymux.core.link import Link
+from relaymux.core.resume import Resume, Ticket
+from relaymux.core.session import Session
+from relaymux.errors import ErrorCode, SessionLost, TransportError, describe_code
+from relaymux.net.held import HeldSession
+from relaymux.net.link import LinkProtocol
+from relaymux.net.opening import WaitingRoom
+from relaymux.net.quietlog import QuietLog
+from relaymux.net.streams import Service, SessionStreams
+
+__all__ = ["Identity", "LinkListener", "SessionKeeper"]
+
+#: Seconds that the accepting side holds a session beyond the window, so that the
+#: dialling side, which knows whether it is still trying, is the one to give up.
+ACCEPTOR_GRACE = 5.0
+
+#: Connections that may be in their handshake at a time: an honest peer has one, and
+#: a stranger on a plain TCP port cannot use up the descriptors of those that are up.
+MAX_HANDSHAKES = 32
+
+#: Refusals of a RESUME after which the session cannot go on.
+_SESSION_GONE = frozenset({ErrorCode.UNKNOWN_SESSION, ErrorCode.OFFSET_MISMATCH})
+
+
+@dataclass(frozen=True)
+class Identity:
+    """
+    This daemon, as it introduces itself.
+
+    @ivar name: the configured name.
+    @ivar instance: 16 random bytes, new with every start.
+    """
+
+    name: str
+    instance: bytes
+
+
+class LinkListener(Contract):
+    """Whoever keeps the link up, and wants to know how it goes."""
+
+    def link_up(self, link: LinkProtocol) -> None:
+        """The handshake is done."""
+
+    def link_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
+        """
+        The link is over, or never came up; once for each link.
+
+        @param again: whether to dial again at once: it was up, or the peer told
+            us to begin anew.
+        """
+
+
+class SessionKeeper:
+    """
+    @ivar name: the name of the configuration's C{[link]} section, for logs.
+    @ivar daemon: the name the other daemon gave itself; empty before the first link.
+    @ivar undelivered: bytes of streams that are over, which were taken from local
+        programs and not reported as delivered by the other side, or taken from
+        the other side and not by the local program.
+    """
+
+    _log = Logger("relaymux.link")
+
+    def __init__(
+        self, reactor: IReactorTime, name: str, identity: Identity, limits: Limits, *, dialing: bool
+    ) -> None:
+        """
+        @param limits: what this side accepts.
+        @param dialing: whether this side makes the connection.
+        """
+        self.name = name
+        self.daemon = ""
+        self.undelivered = 0
+        self.listener: LinkListener | None = None
+        self._reactor = reactor
+        self._identity = identity
+        self._limits = limits
+        self._dialing = dialing
+        self._number = 0
+        self._link: LinkProtocol | None = None
+        self._held: HeldSession | None = None
+        self._services: dict[str, Service] = {}
+        self._waiting = WaitingRoom(name)  # empty with a link
+        self._draining = False
+        self._quiet_log = QuietLog(self._log, reactor.seconds)
+        self._handshaking: set[LinkProtocol] = set()  # at most MAX_HANDSHAKES
+
+    # Links
+
+    def build_link(self) -> LinkProtocol:
+        """@return: the protocol for a new connection to this peer."""
+        self._number += 1
+        return LinkProtocol(self._reactor, self._make_link, self, self._number)
+
+    def turns_away(self) -> bool:
+        """Whether a new connection is to be closed: too many have not said who they are.  Logged if so."""
+        if len(self._handshaking) < MAX_HANDSHAKES:
+            return False
+        self._quiet_log.warn(
+            "handshakes",
+            "link {peer}: closing a new connection: {count} others have not said who they are",
+            peer=self.name,
+            count=len(self._handshaking),
+        )
+        return True
+
+    def _make_link(self, protocol: LinkProtocol) -> Link:
+        self._handshaking.add(protocol)
+        now = self._reactor.seconds()
+        if not self._dialing:
+            return Link(local=self._limits, now=now)
+        if self._held is not None:
+            return Link(local=self._limits, now=now, resume=self._held.ask(protocol.exporter))
+        hello = Hello(self._identity.name, self._identity.instance, self._limits)
+        return Link(local=self._limits, now=now, hello=hello)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether there is a link whose handshake is done."""
+        return self._link is not None
+
+    @property
+    def wants_link(self) -> bool:
+        """Whether a new link would be of use: while shutting down only for streams that wait for it."""
+        return self._link is None and (self._held is not None or not self._draining)
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that are not over."""
+        return len(self._held.streams) if self._held is not None else 0
+
+    def flush(self) -> None:
+        """Send what was said, as far as there is a link and it takes it."""
+        if self._link is not None:
+            self._link.flush()
+
+    def link_event(self, link: LinkProtocol, event: Event) -> None:
+        """See L{LinkOwner.link_event}."""
+        if isinstance(event, HelloReceived):
+            self._on_hello(link, event.hello)
+        elif isinstance(event, WelcomeReceived):
+            self._on_welcome(link, event.welcome)
+        elif isinstance(event, ResumeReceived):
+            self._on_resume(link, event.resume)
+        elif isinstance(event, ResumedReceived):
+            self._on_resumed(link, event.resume)
+        elif isinstance(event, LinkEnded):
+            self._on_ended(link, event)
+        elif isinstance(event, GoawayReceived):
+            self._log.info(
+                "link {peer}: the peer takes no new streams: {text}", peer=self.name, text=event.text
+            )
+        elif link is self._link and self._held is not None:
+            self._held.streams.handle((event,))
+
+    def link_flushed(self, link: LinkProtocol) -> None:
+        """See L{LinkOwner.link_flushed}."""
+        if link is self._link and self._held is not None:
+            self._held.streams.drained()
+
+    def link_lost(self, link: LinkProtocol, reason: Failure) -> None:
+        """See L{LinkOwner.link_lost}."""
+        self._handshaking.discard(link)
+        if link.link.ended:
+            return  # that was told already
+        link.link.detach()
+        # TLS 1.3 tells a client that its certificate is not wanted after its handshake.
+        permanent = isinstance(reason.value, TransportError) and not reason.value.retry
+        code = ErrorCode.NOT_AUTHORISED if permanent else ErrorCode.NO_ERROR
+        self._link_down(link, code, f"connection lost: {reason.getErrorMessage()}")
+
+    # The handshake: accepting
+
+    def _on_hello(self, link: LinkProtocol, hello: Hello) -> None:
+        if self._draining:
+            link.end(link.link.reject(ErrorCode.SHUTTING_DOWN, "shutting down"))
+            return
+        if self._held is not None and hello.name != self.daemon:
+            text = (
+                f"refused daemon {hello.name}, as daemon {self.daemon} has the session;"
+                " give each a [link] section of its own"
+            )
+            link.end(link.link.reject(ErrorCode.BUSY, text))
+            return
+        if self._held is not None and link.number < self._held.connection:
+            # It was under way for long: the dialling daemon has given that connection up since.
+            text = f"daemon {hello.name} is connected already, by a newer connection"
+            link.end(link.link.reject(ErrorCode.BUSY, text))
+            return
+        if self._held is not None:
+            self._replace_session(self._held, hello)
+        welcome = Welcome(
+            self._identity.name,
+            self._identity.instance,
+            self._limits,
+            session_id=os.urandom(16),
+            resume_key=os.urandom(32),
+        )
+        link.link.welcome(welcome)
+        ticket = Ticket(welcome.session_id, welcome.resume_key, hello.instance, self._identity.instance)
+        self._begin_session(link, hello, ticket)
+
+    def _replace_session(self, held: HeldSession, hello: Hello) -> None:
+        """The dialling daemon begins anew: it has given up the session, or was restarted."""
+        if hello.instance == held.remote.instance:
+            code, text = ErrorCode.LINK_REPLACED, "the peer began another session"
+        else:
+            code, text = ErrorCode.PEER_RESTARTED, f"daemon {hello.name} was restarted"
+        if self._link is not None:
+            self._link.end(self._link.link.goodbye(code, text))
+        else:
+            self._end_session(held, code, text)
+
+    def _on_resume(self, link: LinkProtocol, resume: Resume) -> None:
+        held = self._held
+        if held is None:
+            # The same words as for a wrong proof: they tell a stranger nothing.
+            link.end(
+                link.link.reject(ErrorCode.UNKNOWN_SESSION, "there is no such session here; begin a new one")
+            )
+            return
+        refusal = held.refusal(resume, link.peer_identity, link.exporter)
+        if refusal is not None:
+            link.end(link.link.reject(*refusal))
+            if refusal[0] == ErrorCode.OFFSET_MISMATCH:
+                self._drop_link()
+                self._end_session(held, *refusal)
+            return
+        self._drop_link()
+        payload, again = held.agree(resume, link.exporter)
+        link.link.resumed(payload)
+        self._resumed(link, held, again)
+
+    # The handshake: dialling
+
+    def _on_welcome(self, link: LinkProtocol, welcome: Welcome) -> None:
+        if self._draining:
+            link.end(link.link.goodbye(ErrorCode.SHUTTING_DOWN, "shutting down"))
+            return
+        ticket = Ticket(welcome.session_id, welcome.resume_key, self._identity.instance, welcome.instance)
+        self._begin_session(link, welcome, ticket)
+
+    def _on_resumed(self, link: LinkProtocol, resume: Resume) -> None:
+        held = self._held
+        if held is None or not held.is_answered_by(resume, link.exporter):
+            text = "the answer to RESUME is not the other daemon's"
+            link.end(link.link.reject(ErrorCode.PROTOCOL_ERROR, text))
+        elif not held.streams.session.replay.can_continue_at(resume.rx_next):
+            text = f"sending cannot go on at offset {resume.rx_next}"
+            link.end(link.link.reject(ErrorCode.OFFSET_MISMATCH, text))
+            self._end_session(held, ErrorCode.OFFSET_MISMATCH, text)
+        else:
+            self._resumed(link, held, held.streams.session.resume(resume.rx_next))
+
+    # Sessions
+
+    def _begin_session(self, link: LinkProtocol, remote: Hello, ticket: Ticket) -> None:
+        session = Session(dialing=self._dialing, local=self._limits, remote=remote.limits)
+        streams = SessionStreams(session, self.name, self._services, self.flush, self._quiet_log)
+        window = min(self._limits.resume_window, remote.limits.resume_window)
+        held = HeldSession(ticket, remote, streams, link.peer_identity, window)
+        self._held = held
+        self.daemon = remote.name
+        self._log.info(
+            "link {peer}: up, daemon {daemon}{identity}, connection {number}",
+            peer=self.name,
+            daemon=remote.name,
+            identity=f" ({link.peer_identity})" if link.peer_identity else "",
+            number=link.number,
+        )
+        self._attach(link, held)
+
+    def _resumed(self, link: LinkProtocol, held: HeldSession, again: int) -> None:
+        away = self._reactor.seconds() - held.lost_at if held.lost_at is not None else 0.0
+        self._log.info(
+            "link {peer}: resumed after {seconds:.1f} s, connection {number}, generation {generation};"
+            " {streams} streams go on, {again} bytes sent again, 0 lost",
+            peer=self.name,
+            seconds=away,
+            number=link.number,
+            generation=held.generation,
+            streams=len(held.streams),
+            again=again,
+        )
+        self._attach(link, held)
+
+    def _attach(self, link: LinkProtocol, held: HeldSession) -> None:
+        held.stop_timer()
+        held.lost_at = None
+        self._handshaking.discard(link)
+        held.connection = link.number
+        self._link = link
+        link.link.attach(held.streams.session, held.remote.limits, self._reactor.seconds())
+        if self.listener is not None:
+            self.listener.link_up(link)
+        self._waiting.open_all(held.streams)
+        link.flush()
+
+    def _drop_link(self) -> None:
+        """The peer is on another link now: what the old one still brings is void."""
+        old, self._link = self._link, None
+        if old is not None and self._held is not None:
+            self._held.lost_at = self._reactor.seconds()
+            old.link.detach()
+            old.abort()
+
+    def _on_ended(self, link: LinkProtocol, event: LinkEnded) -> None:
+        who = "the peer says" if event.by_peer else "this side says"
+        text = f"{who} {describe_code(event.code)}: {event.text}"
+        held = self._held
+        if link is self._link and event.session_over and held is not None:
+            self._link = None
+            self._end_session(held, event.code, text)
+            self._tell_down(link, event.code, text, again=True)
+        elif link is not self._link and held is not None and event.by_peer and event.code in _SESSION_GONE:
+            self._end_session(held, event.code, text)
+            self._tell_down(link, event.code, text, again=True)
+        else:
+            self._link_down(link, event.code, text)
+
+    def _link_down(self, link: LinkProtocol, code: int, text: str) -> None:
+        """A link is over, and the session, if it carried one, need not be."""
+        was_up, held = link is self._link, self._held
+        if was_up and held is not None:
+            self._link = None
+            if held.window:
+                self._hold(held, text)
+            else:
+                self._end_session(held, code, text)
+        self._tell_down(link, code, text, again=was_up)
+
+    def _tell_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
+        if self.listener is not None:
+            self.listener.link_down(link, code, text, again=again)
+        elif not again:
+            self._quiet_log.warn(
+                ("refused", code),
+                "link {peer}: a new connection came to nothing: {why}",
+                peer=self.name,
+                why=text,
+            )
+
+    def _hold(self, held: HeldSession, text: str) -> None:
+        seconds = held.window + (0.0 if self._dialing else ACCEPTOR_GRACE)
+        held.lost_at = self._reactor.seconds()
+        held.timer = self._reactor.callLater(seconds, self._expired, held, seconds)
+        session = held.streams.session
+        self._log.warn(
+            "link {peer}: down: {text}; {streams} streams wait for the next connection, up to {seconds:g} s,"
+            " {held} bytes from here not acknowledged",
+            peer=self.name,
+            text=text,
+            streams=len(held.streams),
+            seconds=seconds,
+            held=session.replay.held_bytes,
+        )
+
+    def _expired(self, held: HeldSession, seconds: float) -> None:
+        self._end_session(held, ErrorCode.SESSION_EXPIRED, f"no connection for {seconds:g} s")
+
+    def _end_session(self, held: HeldSession, code: int, text: str) -> None:
+        held.stop_timer()
+        self._held = None
+        streams = held.streams
+        if streams.session.untouched and not self._draining:
+            # The peer may never have heard of it: what was wanted waits for the next one.
+            self._waiting.put_back(streams.take_back())
+        lost = streams.session.undelivered_bytes
+        stuck = streams.session.unconsumed_bytes
+        self.undelivered += lost + stuck + streams.undelivered
+        log = self._log.warn if len(streams) else self._log.info
+        log(
+            "link {peer}: session over: {text};"
+            " {streams} streams ended with it, {lost} bytes from here and {stuck} for here not delivered",
+            peer=self.name,
+            text=text,
+            streams=len(streams),
+            lost=lost,
+            stuck=stuck,
+        )
+        streams.fail_all(SessionLost(f"link {self.name}: {text}", code))
