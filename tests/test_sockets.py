@@ -444,6 +444,20 @@ class EndTests:
             self.assertEqual(await self.read(peer, 11), b"onetwothree")
             await self.until(lambda p=protocol: p.received == b"reply", "the reply arrived")
 
+    async def test_short_of_memory_while_paused(self: Any) -> None:
+        """A protocol that pauses while the kernel is short of memory stays paused afterwards."""
+        self.patch(sockets, "MEMORY_PAUSE", 0.01)
+        protocol = Recorder()
+        transport, peer = self.connect(protocol)
+        transport.socket = Failing(transport.socket, errno.ENOMEM)
+        peer.send(b"later")
+        await self.until(lambda: transport.socket._failed, "reading failed")
+        transport.pauseProducing()
+        await self.turns(30)
+        self.assertEqual(protocol.received, b"")
+        transport.resumeProducing()
+        await self.arrived(protocol, 5)
+
     async def test_what_it_provides(self: Any) -> None:
         """It is a Twisted transport in every respect, and one for buffers."""
         transport, _ = self.connect(Recorder())

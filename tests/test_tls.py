@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from typing import Any
 
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
@@ -291,6 +292,33 @@ class EndTests(TLSTestCase):
             self.assertIn("bad record mac", str(await self.lost(server)))
             self.assertEqual(server.received, LARGE[: len(server.received)])
             self.assertIsInstance(await self.lost(client), ConnectionLost)
+
+    async def test_closing_when_a_wrong_bit_was_found(self) -> None:
+        """A connection that its protocol closes while what is wrong is not told yet closes all the same."""
+        for engine in (FastEngine, Engine):
+            self.patch(tlssockets, "make_engine", engine)
+            self.client, self.server = RecorderFactory(), RecorderFactory()
+            client, server = await self.pair(wire=True)
+
+            def close(server: Any = server) -> None:
+                if server.transport._engine.failed:
+                    server.transport.loseConnection()
+
+            server.on_data = close
+            self.wire.mangle = flip_one_bit_at(1_000_000)
+            client.transport.writeBuffers([LARGE])
+            await self.lost(server)
+            await self.lost(client)
+            self.assertEqual(server.received, LARGE[: len(server.received)])
+
+    async def test_answer_to_the_last_words(self) -> None:
+        """What a peer says and then closes can still be answered, and its end stays a clean one."""
+        client, server = await self.pair()
+        server.on_data = lambda: server.transport.write(b"answer")
+        client.transport.write(b"last words")
+        client.transport.loseConnection()
+        self.assertIsInstance(await self.lost(server), ConnectionDone)
+        self.assertIsInstance(await self.lost(client), ConnectionDone)
 
     async def test_peer_that_does_not_read(self) -> None:
         """Closing takes no longer than its deadline, whatever the peer does."""

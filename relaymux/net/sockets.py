@@ -215,9 +215,13 @@ class SocketTransport(SendingSocket):
     def _receiving_failed(self, error: OSError) -> None:
         if error.errno in _SHORT_OF_MEMORY:
             self.stopReading()
-            self._later(MEMORY_PAUSE, self.resumeProducing)
+            self._later(MEMORY_PAUSE, self._read_on)
         else:
             self._close(ConnectionLost(f"reading from {describe(self._peer)}: {error.strerror}"))
+
+    def _read_on(self) -> None:
+        if self._input_open:
+            self.startReading()
 
     def _input_ended(self) -> None:
         """The peer sends nothing more."""

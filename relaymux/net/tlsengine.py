@@ -65,8 +65,8 @@ class Engine:
 
     @property
     def failed(self) -> bool:
-        """Whether the next C{read_into} raises: OpenSSL encrypts nothing after an error."""
-        return self._error is not None
+        """Whether TLS is broken, so that OpenSSL encrypts nothing more.  An orderly end is no failure."""
+        return self._error is not None and not isinstance(self._error, SSL.ZeroReturnError)
 
     def feed(self, data: memoryview) -> None:
         """Encrypted bytes have arrived; they are copied."""
@@ -91,9 +91,9 @@ class Engine:
             return count
         except SSL.Error as error:
             # Bytes before what is wrong count.
+            self._error = error
             if not count:
                 raise
-            self._error = error
         return count
 
     def encrypt(self, data: Buffer) -> None:
@@ -157,9 +157,9 @@ class FastEngine(Engine):
             # Asked at once: OpenSSL's errors wait in a queue that all connections share.
             self._raise(ssl, got)
         except SSL.Error as error:
+            self._error = error
             if not count:
                 raise
-            self._error = error
         return count
 
     def encrypt(self, data: Buffer) -> None:

@@ -236,30 +236,66 @@ class TLSTransport(EncryptingConsumer):
                 self._deliver()
 
     def _deliver(self) -> None:
+        """Pass on what OpenSSL has, unless the protocol has paused, and say so if that was the end."""
         self._undelivered = False
-        while self._is_open():
+        try:
+            if self._receiver is not None:
+                self._deliver_buffers(self._receiver)
+            else:
+                self._deliver_bytes()
+        except SSL.Error as error:
+            if self._is_open():
+                self._input_over(error)
+            return
+        # Reading may have made OpenSSL answer: a new key, for example.
+        if self._is_open():
+            self._send_encrypted()
+
+    def _deliver_buffers(self, receiver: IBufferReceiver) -> None:
+        """@raise SSL.Error: there is nothing more, since the peer has closed or TLS is broken."""
+        if self._paused or not self._is_open():
+            self._undelivered = True
+            return
+        buffers: list[memoryview] = []
+        ended: SSL.Error | None = None
+        while ended is None:
+            room = self._pool.room(READ_ROOM)
+            try:
+                count = self._engine.read_into(room)
+            except SSL.Error as error:
+                ended = error
+                break
+            if not count:
+                break
+            buffers.append(self._pool.take(count))
+        if buffers:
+            receiver.buffersReceived(buffers)
+        if ended is not None:
+            raise ended
+
+    def _deliver_bytes(self) -> None:
+        """As L{_deliver_buffers}; pausing takes effect with the next portion."""
+        while self._protocol is not None and self._is_open():
             if self._paused:
                 self._undelivered = True
                 return
-            room = self._pool.room(READ_ROOM)
-            if self._receiver is None:
-                room = room[:PLAIN_READ]
-            try:
-                count = self._engine.read_into(room)
-            except SSL.ZeroReturnError:
-                self._peer_closed()
-                return
-            except SSL.Error as error:
-                self._fail(lost_error(error, self._peer, self._certificate))
-                return
+            room = self._pool.room(READ_ROOM)[:PLAIN_READ]
+            count = self._engine.read_into(room)
             if not count:
-                # Reading may have made OpenSSL answer: a new key, for example.
-                self._send_encrypted()
                 return
-            if self._receiver is not None:
-                self._receiver.buffersReceived((self._pool.take(count),))
-            elif self._protocol is not None:
-                self._protocol.dataReceived(bytes(room[:count]))
+            self._protocol.dataReceived(bytes(room[:count]))
+
+    def _input_over(self, error: SSL.Error) -> None:
+        """Nothing more can be received."""
+        if not isinstance(error, SSL.ZeroReturnError):
+            self._fail(lost_error(error, self._peer, self._certificate))
+        elif self.queuedBytes:
+            self._fail(
+                ConnectionLost(f"{self._peer} closed before it had taken the last {self.queuedBytes} bytes")
+            )
+        else:
+            self._reason = ConnectionDone()
+            self._say_goodbye()
 
     def _deliver_rest(self) -> None:
         if self._paused or not self._undelivered or not self._is_open():
@@ -273,15 +309,6 @@ class TLSTransport(EncryptingConsumer):
         else:
             if not self._paused and self._is_open():
                 self._socket.resumeProducing()
-
-    def _peer_closed(self) -> None:
-        if self.queuedBytes:
-            self._fail(
-                ConnectionLost(f"{self._peer} closed before it had taken the last {self.queuedBytes} bytes")
-            )
-        else:
-            self._reason = ConnectionDone()
-            self._say_goodbye()
 
     # Ending
 
@@ -310,7 +337,8 @@ class TLSTransport(EncryptingConsumer):
 
     def _say_goodbye(self) -> None:
         self._cancel_timer()
-        self._engine.connection.shutdown()
+        if not self._engine.failed:
+            self._engine.connection.shutdown()
         self._send_encrypted()
         self._close_socket()
 
