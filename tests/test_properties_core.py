@@ -216,7 +216,7 @@ class Model:
 
 
 class Sessions(RuleBasedStateMachine):
-    """Two sessions over two pipes, whose bytes arrive in any pieces, against lists of bytes."""
+    """Two sessions over connections that deliver any pieces and are cut anywhere, against lists of bytes."""
 
     @initialize(
         windows=st.tuples(*[st.sampled_from([1024, 1500, 5000])] * 2),
@@ -480,6 +480,26 @@ class Sessions(RuleBasedStateMachine):
     def deliver(self, side: int, count: int) -> None:
         """Some of the bytes under way arrive."""
         self.arrive(side, count)
+
+    @rule()
+    def cut(self) -> None:
+        """The connection is lost with what is under way; the sessions go on over another one."""
+        sessions = [self.session(side) for side in (0, 1)]
+        old = self.links
+        self.links = (self.resuming(0), self.resuming(1))
+        for side, (session, link) in enumerate(zip(sessions, self.links, strict=True)):
+            self.pipes[side].clear()
+            old[side].detach()
+            offset = sessions[1 - side].rx_next
+            assert session.replay.can_continue_at(offset)
+            assert session.resume(offset) == session.replay.end - offset
+            link.attach(session, self.limits[1 - side], self.now)
+
+    def resuming(self, side: int) -> Link:
+        """A link whose handshake is all but done."""
+        link = Link(local=self.limits[side], now=self.now, resume=b"")
+        link.data_to_send(0)
+        return link
 
     @rule(seconds=st.sampled_from([0.01, 0.03, 1.0]))
     def wait(self, seconds: float) -> None:
