@@ -15,7 +15,7 @@ from relaymux.testing.ends import MemoryTransport
 from relaymux.testing.memory import MemoryConnection
 from tests.resumecase import SILENCE, PeerTests, Raw, changed
 from tests.resuming import SMALL, Hosts, Talker, stamped
-from tests.wire import BYE, REJECT, RESUME, RESUMED, frame, u16
+from tests.wire import BYE, DATA, REJECT, RESUME, RESUMED, frame, u16
 
 
 class SplitBrainTests(PeerTests):
@@ -175,6 +175,25 @@ class ForgeryTests(PeerTests):
         with_session = self.raw(hosts, forged).frames()
         without = self.raw(Hosts(), forged).frames()
         self.assertEqual(with_session, without)
+
+    def test_late_bytes_of_the_old_link(self) -> None:
+        """What an old link still brings after a new one has resumed reaches nobody, and changes nothing."""
+        hosts = self.pair()
+        near, far = self.open(hosts)
+        near.say(stamped(1, 300), finish=False)
+        hosts.run(0.0)
+        old = hosts.b.peer._link
+        assert old is not None
+        hosts.wire.cut(hosts.wire.client)
+        hosts.connect()
+        hosts.run(1.0)
+        heard = hosts.b.session.rx_next
+        old.buffersReceived([memoryview(frame(DATA, 1, b"late"))])
+        hosts.run(0.0)
+        self.assertEqual(hosts.b.session.rx_next, heard)
+        self.assert_same(far.received, stamped(1, 300))
+        self.assert_untouched(near, far)
+        self.assert_works(hosts)
 
     def test_identity(self) -> None:
         """The right key under another name: refused; and the right one is let in afterwards."""
