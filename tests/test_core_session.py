@@ -121,6 +121,16 @@ class OpeningTests(SynchronousTestCase):
             ids = [core.session.open_stream("a") for _ in range(3)]
             self.assertEqual(ids, [first, first + 2, first + 4])
 
+    def test_all_ids_used(self) -> None:
+        """After the last id there is none: they are never used again."""
+        for dialing, last in ((True, 2**32 - 1), (False, 2**32 - 2)):
+            core = Core(dialing=dialing).shake()
+            core.session._next_id = last
+            self.assertEqual(core.session.open_stream("a"), last)
+            with self.assertRaises(LocalError):
+                core.session.open_stream("a")
+            self.assertEqual(core.say(), [(OPEN, last, b"\x01a")])
+
     def test_incoming_ids(self) -> None:
         """Streams of the peer come in their order; ids are never used again."""
         core = Core().shake()

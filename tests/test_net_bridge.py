@@ -68,14 +68,16 @@ class BridgeTestCase(SocketTestCase):
         listen: bool = True,
         open_timeout: float = 10.0,
         max_connections: int = 64,
+        far_max_connections: int = 64,
     ) -> None:
         """Offer the program's socket at the far end, and listen for it at the near one."""
-        options = (open_timeout, max_connections)
+        options = (open_timeout, far_max_connections)
         if listen:
             self.program = self.far_socket(backlog)
         local = LocalSocket(f"stream {service}", service, self.far_path, *options)
         self.dialer = LocalDialer(reactor, self.far, local)
         self.far.register(service, self.dialer)
+        options = (open_timeout, max_connections)
         self.listener = LocalListener(
             reactor, self.near, LocalSocket(f"stream {service}", service, self.near_path, *options)
         )
@@ -479,6 +481,14 @@ class RefusalTests(BridgeTestCase):
         far.close()
         await self.until(lambda: self.near.open_streams == 1, "the first was over")
         await self.pair()
+
+    async def test_too_many_connections_there(self) -> None:
+        """The same at the far end, which tells the near one why."""
+        self.serve(far_max_connections=1)
+        await self.pair()
+        self.assertEqual(await self.ended(self.connect()), b"")
+        self.assertEqual(len(self.lines("refused", "max-connections", self.far_path)), 1)
+        self.assertEqual(len(self.lines("connection 2 failed", "1 connections open", self.near_path)), 1)
 
     async def test_client_gone_before_the_answer(self) -> None:
         """A client that gives up while the far end is asked leaves nothing behind."""

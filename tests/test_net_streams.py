@@ -531,6 +531,23 @@ class HalfCloseTests(StreamTests):
         self.assert_lost(near_protocol, ConnectionDone)
         self.assert_idle(self.ends)
 
+    def test_stopped_before_it_began(self) -> None:
+        """A protocol that comes after the peer's stop is told when it comes."""
+
+        class Deaf(HalfCloseRecorder):
+            transport: Any
+
+            def connectionMade(self) -> None:
+                super().connectionMade()
+                self.transport.loseReadConnection()
+
+        _, near_protocol, _, far_protocol = self.connect(far=Deaf)
+        self.assertEqual(near_protocol.events, ["made", "write lost"])
+        _, near_protocol, _, _ = self.connect(Recorder(), far=Deaf)
+        self.settle()
+        self.assert_lost(near_protocol, ConnectionDone)
+        self.assertEqual(far_protocol.events, ["made"])
+
 
 class CloseTests(StreamTests):
     """Closing and breaking a stream as a whole."""
