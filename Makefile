@@ -1,4 +1,5 @@
 # make test     everything that is checked before a change goes in; prepares what is missing
+# make test-faults  the long tests of lost links, and planted bugs
 # make demo     a real live migration through the relay, on this machine
 # make lint     ruff and mypy alone
 # make bench    what a byte costs, beside Twisted as usually written
@@ -17,14 +18,22 @@ BIN = $(VENV)/bin
 
 # trial runs the modules that take a moment, so that its own reactor and its way of
 # finding tests are known to work too; pytest runs everything.
-SLOW = tests/test_packaging.py tests/test_examples.py $(wildcard tests/test_qemu*.py tests/test_properties*.py tests/test_demo*.py)
+SLOW = tests/test_packaging.py tests/test_examples.py $(wildcard tests/test_properties*.py tests/test_resume*.py tests/test_faults*.py)
 QUICK = $(subst /,.,$(basename $(filter-out $(SLOW),$(sort $(wildcard tests/test_*.py)))))
 
-.PHONY: test demo lint bench venv qemu clean
+# What takes long or is rough: tests that cut, stop and kill real daemons and migrations
+# by the hundred, and bugs that are planted to see them caught.
+FAULTS = tests/faults tests/qemu/test_cuts.py $(wildcard tests/test_resume*.py)
+
+.PHONY: test test-faults demo lint bench venv qemu clean
 
 test: lint qemu
 	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp $(QUICK)
 	$(BIN)/python -m pytest $(TESTS)
+
+test-faults: qemu
+	RELAYMUX_THOROUGH=1 $(BIN)/python -m pytest $(FAULTS)
+	$(BIN)/python -m tests.planted_bugs
 
 lint: venv
 	$(BIN)/python -m ruff check .
