@@ -258,7 +258,7 @@ class Pair:
             "hv-b": f"listen = 127.0.0.1:{self._port}",
         }
         for daemon, other in ((self.a, "hv-b"), (self.b, "hv-a")):
-            lines = ["[relay]", f"name = {daemon.name}", "drain-timeout = 5"]
+            lines = ["[relay]", f"name = {daemon.name}", "drain-timeout = 3"]
             lines += [f"[link {other}]", "transport = tls", addresses[daemon.name]]
             lines += [
                 f"certificate = {self.pki}/{daemon.name}.example.pem",

@@ -95,6 +95,7 @@ class KilledProcessTests(EndTestCase):
 class TimeTests(EndTestCase):
     """Outages that last too long."""
 
+    @thorough
     def test_longer_than_the_window(self) -> None:
         """All streams fail on both sides; the log has the bytes, and the ledger no gap."""
         with self.pair(*SMALL, "resume-window = 3") as pair:
@@ -146,6 +147,7 @@ class ShutdownTests(EndTestCase):
         """The same on the other side."""
         self.shut_down(lambda pair: pair.b)
 
+    @thorough
     def test_outage_that_ends_meanwhile(self) -> None:
         """The streams come to their end while the daemon drains: nothing is lost, status 0."""
         with self.pair(*SMALL) as pair:
@@ -167,7 +169,7 @@ class CertificateTests(EndTestCase):
 
     SAID = r"no connection to .*; trying every 30 s until somebody has changed that"
 
-    def replaced(self, daemon_of: Callable[[Pair], Daemon], *, until_mended: bool) -> None:
+    def replaced(self, daemon_of: Callable[[Pair], Daemon]) -> None:
         with self.pair(*SMALL, "resume-window = 4") as pair:
             daemon = daemon_of(pair)
             self.begin(pair)
@@ -185,28 +187,23 @@ class CertificateTests(EndTestCase):
             pair.traffic.join()
             for flow in pair.traffic.flows:
                 flow.assert_failed()
-            if until_mended:
-                daemon.kill()
-                for file, _ in files:
-                    shutil.move(f"{file}.kept", file)
-                ups = pair.b.count(UP)
-                daemon.start()
-                pair.b.wait_for(UP, ups + 1)
-                self.begin_anew(pair)
-
-    def test_acceptor_with_another_name(self) -> None:
-        """Said once, and then tried slowly; the streams fail when their time is over."""
-        self.replaced(lambda pair: pair.b, until_mended=False)
+            daemon.kill()
+            for file, _ in files:
+                shutil.move(f"{file}.kept", file)
+            ups = pair.b.count(UP)
+            daemon.start()
+            pair.b.wait_for(UP, ups + 1)
+            self.begin_anew(pair)
 
     @thorough
-    def test_until_it_is_mended(self) -> None:
-        """When the right certificate is back, so is the link."""
-        self.replaced(lambda pair: pair.b, until_mended=True)
+    def test_acceptor_with_another_name(self) -> None:
+        """Said once, and then tried slowly; the streams fail when their time is over."""
+        self.replaced(lambda pair: pair.b)
 
     @thorough
     def test_dialler_with_another_name(self) -> None:
         """The one who is refused says so once, too."""
-        self.replaced(lambda pair: pair.a, until_mended=True)
+        self.replaced(lambda pair: pair.a)
 
 
 class WaitingTests(EndTestCase):
@@ -269,6 +266,7 @@ class PathTests(EndTestCase):
     def has_carried(self, wire: Wire, count: int) -> bool:
         return wire.status()["up_delivered"] > count
 
+    @thorough
     def test_other_path(self) -> None:
         """When the first path dies the second carries on, and the first again when that dies."""
         with self.pair(*SMALL, paths=2) as pair:

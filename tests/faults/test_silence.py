@@ -49,7 +49,7 @@ class BlackholeTests(SilenceTestCase):
         with self.pair(*SMALL, "silence = 2") as pair:
             self.begin(pair)
             self.blackhole(pair, 0.7, 0)
-            self.blackhole(pair, 5, 1)
+            self.blackhole(pair, 3.5, 1)
             self.assert_balanced(pair)
 
     @thorough
@@ -92,6 +92,7 @@ class StoppedProcessTests(SilenceTestCase):
         daemon.signal(signal.SIGCONT)
         self.assert_goes_on(pair)
 
+    @thorough
     def test_for_3_seconds(self) -> None:
         """The link stays."""
         with self.pair(*SMALL) as pair:
