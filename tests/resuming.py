@@ -136,14 +136,15 @@ class Hosts:
         seed: int | None = None,
         capacity: int = 16 * 1024,
         exporting: bool = False,
-        clock: Clock | None = None,
+        pumped: bool = False,
     ) -> None:
         """
         @param other: of host b, if they differ.
+        @param pumped: bytes move in C{wire.pump} alone, not with the clock.
         @param seed: splits what is delivered, differently in each connection.
         @param exporting: whether the transports have key material of their own.
         """
-        self.clock = clock or Clock()
+        self.clock = Clock()
         self.a = Host(self.clock, "hv-a", limits, dialing=True)
         self.b = Host(self.clock, "hv-b", other or limits, dialing=False)
         self.wires: list[Wire] = []
@@ -154,6 +155,7 @@ class Hosts:
         self.seed = seed
         self.capacity = capacity
         self.exporting = exporting
+        self.pumped = pumped
         self.dialer: Dialer | None = None
 
     @property
@@ -181,7 +183,7 @@ class Hosts:
         wire = Wire(
             client,
             server,
-            clock=self.clock,
+            clock=None if self.pumped else self.clock,
             seed=None if self.seed is None else self.seed + number,
             capacity=self.capacity,
             buffers=self.buffers,
@@ -207,7 +209,10 @@ class Hosts:
         """Let C{seconds} pass, one timer after the other, or less if C{until} comes true."""
         clock = self.clock
         end = clock.seconds() + seconds
+        steps = 0
         while not until():
+            steps += 1
+            assert steps < 1_000_000, "time does not pass: somebody asks to be called again at once"
             due = min((call.getTime() for call in clock.getDelayedCalls()), default=end)
             if due > end:
                 break
@@ -250,6 +255,7 @@ class Talker(Protocol):
     @ivar reason: why it was lost.
     @ivar written: how many bytes were written.
     @ivar pauses: how often it was paused as a producer.
+    @ivar faults: what it was told that it may not be told.
     """
 
     transport: StreamTransport
@@ -275,6 +281,7 @@ class Talker(Protocol):
         self.reason: Failure | None = None
         self.written = 0
         self.pauses = 0
+        self.faults: list[str] = []
         self._say = memoryview(say)
         self._portion = portion
         self._finish = finish
@@ -292,8 +299,8 @@ class Talker(Protocol):
         self._check()
 
     def dataReceived(self, data: bytes) -> None:
-        assert self.events and not {"read lost", "lost"} & set(self.events), f"data after {self.events}"
-        assert data
+        self._expect(bool(data), "no data")
+        self._expect("made" in self.events and not {"read lost", "lost"} & set(self.events), "data")
         self.received += data
         self._check()
 
@@ -335,13 +342,13 @@ class Talker(Protocol):
 
     def pauseProducing(self) -> None:
         """See C{IPushProducer}."""
-        assert not self._paused
+        self._expect(not self._paused, "paused twice")
         self._paused = True
         self.pauses += 1
 
     def resumeProducing(self) -> None:
         """See C{IPushProducer}."""
-        assert self._paused
+        self._expect(self._paused, "resumed twice")
         self._paused = False
         self._write()
 
@@ -371,9 +378,14 @@ class Talker(Protocol):
             self._then(self)
 
     def _once(self, event: str) -> None:
-        assert event not in self.events and "lost" not in self.events, f"{event} after {self.events}"
-        assert event == "made" or "made" in self.events
+        self._expect(event not in self.events and "lost" not in self.events, event)
+        self._expect((event == "made") == (not self.events), event)
         self.events.append(event)
+
+    def _expect(self, right: bool, what: str) -> None:
+        if not right:
+            self.faults.append(f"{what} after {self.events}")
+            raise AssertionError(self.faults[-1])
 
 
 class Server:

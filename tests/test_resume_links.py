@@ -82,6 +82,33 @@ class SplitBrainTests(PeerTests):
         self.assertIsNot(hosts.b.link, old)
         self.assertIs(hosts.b.link.link.session, hosts.b.session)
 
+    def test_old_link_that_cannot_be_closed(self) -> None:
+        """A replaced link whose transport goes on, both ways: it neither hears nor says anything."""
+        hosts = self.pair()
+        near, far = self.open(hosts)
+        old, protocol = hosts.wire, hosts.b.link
+        old.server.abortConnection = lambda: None  # type: ignore[method-assign]
+        old.stall(old.server)
+        near.say(stamped(1, 3000), finish=False)
+        hosts.run(0.0)
+        held_back = bytes(old._pipes[old.server].held)
+        old.cut(old.client)
+        hosts.connect()
+        hosts.run(0.0)
+        self.assertTrue(old.server.connected)
+        self.feed(old.server, held_back)
+        far.say(stamped(2, 3000), finish=False)
+        protocol.resumeProducing()
+        hosts.run(6.0)
+        self.assertIs(hosts.b.link.transport, hosts.wire.server)
+        self.assertEqual(bytes(old._pipes[old.client].held), b"")
+        self.assert_same(far.received, stamped(1, 3000))
+        self.assert_same(near.received, stamped(2, 3000))
+        self.feed(old.server, frame(BYE, 0, u16(0)))
+        hosts.run(60.0)
+        self.assertIs(hosts.b.link.transport, hosts.wire.server)
+        self.assert_untouched(near, far)
+
     def test_higher_generation_wins(self) -> None:
         """
         Of two that resume one session the higher generation has it, in whichever order they come;
