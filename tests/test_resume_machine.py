@@ -31,8 +31,8 @@ from relaymux.core.replay import HEAD_ROOM
 from relaymux.core.stream import SendState
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
 from relaymux.net.held import HeldSession
+from relaymux.net.keeper import ACCEPTOR_GRACE
 from relaymux.net.link import LinkProtocol
-from relaymux.net.peer import ACCEPTOR_GRACE
 from relaymux.net.stream import StreamTransport
 from relaymux.testing.memory import MemoryConnection
 from relaymux.testing.recording import Recorder
