@@ -42,7 +42,8 @@ class CutTests(CutTestCase):
 
         @param flow: bytes of each flow.
         @param rate: bytes per second.  A link that lives for less than a quarter
-            of a second does not count as one, and the delay before the next rises.
+            of a second does not count as one, and the delay before the next rises
+            to 2 s: at full speed, C{rate} 0, the time to resume says nothing.
         """
         pair.wire.do("rate", rate)
         for side in ("up", "down"):
@@ -60,7 +61,8 @@ class CutTests(CutTestCase):
             f"{count} cuts in {pair.traffic.size // MIB} MiB,"
             f" resumed after {statistics.median(seconds):.2f} s (median), at most {max(seconds):.2f} s"
         )
-        self.assertLessEqual(statistics.median(seconds), 2)
+        if rate:
+            self.assertLessEqual(statistics.median(seconds), 2)
         self.assert_balanced(pair)
 
     def test_20_cuts_in_100_mib(self) -> None:
