@@ -68,10 +68,11 @@ class BridgeTestCase(SocketTestCase):
         listen: bool = True,
         open_timeout: float = 10.0,
         max_connections: int = 64,
+        far_open_timeout: float | None = None,
         far_max_connections: int = 64,
     ) -> None:
         """Offer the program's socket at the far end, and listen for it at the near one."""
-        options = (open_timeout, far_max_connections)
+        options = (far_open_timeout or open_timeout, far_max_connections)
         if listen:
             self.program = self.far_socket(backlog)
         local = LocalSocket(f"stream {service}", service, self.far_path, *options)
@@ -401,8 +402,8 @@ class OrderTests(BridgeTestCase):
         self.assertEqual(self.dialer.totals.failed, 59)
 
     async def test_given_up_while_waiting(self) -> None:
-        """Connections that have gone while they waited are not dialled, and hold up nobody."""
-        self.serve(backlog=0, open_timeout=0.3)
+        """Connections that have gone while they waited are not dialled on, and hold up nobody."""
+        self.serve(backlog=0, open_timeout=0.3, far_open_timeout=1000.0)
         self.connect()
         await self.until(lambda: self.dialer.totals.opened == 1, "the first was dialled")
         near = [self.connect() for _ in range(3)]

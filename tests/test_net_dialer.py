@@ -325,9 +325,11 @@ class StopTests(DialerTests):
 
     def test_stop_while_dialling(self) -> None:
         """The attempt is cancelled, whatever the endpoint says then; nothing is logged of it."""
+        cancellations: list[Exception | None] = []
         for error in (None, ConnectingCancelledError(None), TransportError("cancelled")):
 
             def cancelled(attempt: Deferred[Any], error: Exception | None = error) -> None:
+                cancellations.append(error)
                 if error is not None:
                     attempt.errback(error)
 
@@ -338,6 +340,7 @@ class StopTests(DialerTests):
             self.advance(60)
             self.assertEqual(len(way.attempts), 1, error)
             self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assertEqual(len(cancellations), 3)
         self.assertEqual(self.lines(), [])
 
     def test_stop_with_a_link(self) -> None:

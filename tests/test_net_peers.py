@@ -22,7 +22,7 @@ from relaymux.testing.memory import MemoryConnection
 from relaymux.testing.recording import Feeder, HalfCloseRecorder, Recorder
 from tests.peers import LARGE, LIMITS, WINDOW, Acceptor, Ends, EndsTestCase, Undecided, stamped
 from tests.test_core_bad_input import CASES
-from tests.wire import BYE, DATA, REJECT, WELCOME, frame, hello, opening, parse, u16
+from tests.wire import BYE, DATA, OPENED, REFUSED, REJECT, WELCOME, frame, hello, opening, parse, u16
 
 
 class PeerTestCase(EndsTestCase):
@@ -483,6 +483,30 @@ class HandshakeTests(PeerTestCase):
             service.streams[0].write(b"def")
             self.assertIn((DATA, 1, b"def"), end.said())
 
+    def test_one_write_for_one_read(self) -> None:
+        """What there is to say to the frames of one read leaves together, after the last of them."""
+        ends = Ends(connect=False)
+        end = self.raw(ends.far, buffers=False)
+        writes: list[bytes] = []
+        end.transport.writeSequence = lambda pieces: writes.append(b"".join(pieces))
+        end.send(hello() + opening(1) + opening(3) + opening(5))
+        [everything] = writes
+        self.assertEqual([kind for kind, _, _ in parse(everything)], [WELCOME, REFUSED, REFUSED, REFUSED])
+
+    def test_paused_link(self) -> None:
+        """A transport that takes no more gets no more, and all that waits when it does again."""
+        ends = Ends(connect=False)
+        service = Acceptor()
+        ends.far.register("vda", service)
+        end = self.raw(ends.far, buffers=False)
+        end.send(hello() + opening(1))
+        end.link.pauseProducing()
+        service.streams[0].write(b"waits")
+        end.send(opening(3))
+        self.assertEqual([kind for kind, _, _ in end.said()], [WELCOME, OPENED])
+        end.link.resumeProducing()
+        self.assertEqual(end.said()[2:], [(OPENED, 3, b""), (DATA, 1, b"waits")])
+
     def test_bytes_after_the_end(self) -> None:
         """What a transport delivers after it was closed is dropped."""
         ends = Ends(connect=False)
@@ -710,6 +734,18 @@ class DrainTests(PeerTestCase):
             self.assertEqual(self.assert_lost(protocol, SessionLost).code, ErrorCode.SHUTTING_DOWN)
         self.assertNotIn("read lost", far_protocol.events)
         self.assertEqual(len(self.lines("link near", "1 streams were still open")), 1)
+
+    def test_undelivered_of_a_stream_that_ended_meanwhile(self) -> None:
+        """A stream that ends during the drain without its last bytes having been taken counts."""
+        ends, near, _, far, _ = self.two()
+        far.pauseProducing()
+        near.write(stamped(3000))
+        near.loseWriteConnection()
+        drained = ends.near.drain(5.0)
+        ends.advance(1)
+        far.loseConnection()
+        ends.advance(1)
+        self.assertEqual(self.successResultOf(drained), 3000)
 
     def test_bytes_for_here(self) -> None:
         """What the peer sent and was not taken here counts, too."""

@@ -13,11 +13,12 @@ from twisted.protocols.basic import FileSender, LineReceiver
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
+from relaymux.core.handshake import Limits
 from relaymux.errors import ErrorCode, SessionLost, StreamReset
 from relaymux.interfaces import IBufferReceiver, IBufferTransport, IHalfReadTransport
 from relaymux.net.stream import StreamAddress, StreamTransport
 from relaymux.testing.recording import BufferRecorder, Feeder, HalfCloseRecorder, Recorder, over_seeds
-from tests.peers import LARGE, REPLAY, WINDOW, Acceptor, Ends, EndsTestCase, Undecided, stamped
+from tests.peers import LARGE, WINDOW, Acceptor, Ends, EndsTestCase, Undecided, stamped
 
 
 class Echo(Protocol):
@@ -49,17 +50,17 @@ class StreamTests(EndsTestCase):
 
     def connect(
         self,
-        near: Any = None,
-        far: Callable[[], Any] = HalfCloseRecorder,
+        near_protocol: Any = None,
+        far_protocol: Callable[[], Any] = HalfCloseRecorder,
         **options: Any,
     ) -> tuple[StreamTransport, Any, StreamTransport, Any]:
         """@return: transport and protocol of the near end, then of the far end."""
         self.ends = Ends(**options)
-        service = Acceptor(far)
+        service = Acceptor(far_protocol)
         self.ends.far.register("vda", service)
-        near = near or HalfCloseRecorder()
-        stream = self.ends.open(near)
-        return stream, near, service.streams[0], service.protocols[0]
+        near_protocol = near_protocol or HalfCloseRecorder()
+        stream = self.ends.open(near_protocol)
+        return stream, near_protocol, service.streams[0], service.protocols[0]
 
     def settle(self) -> None:
         self.ends.settle()
@@ -122,7 +123,7 @@ class TransportTests(StreamTests):
     @over_seeds(2)
     def test_buffers(self, seed: int) -> None:
         """A protocol that takes buffers gets them, and what it returned from counts as taken."""
-        near, _, _, far_protocol = self.connect(far=BufferRecorder, seed=seed)
+        near, _, _, far_protocol = self.connect(far_protocol=BufferRecorder, seed=seed)
         data = stamped(LARGE)
         Feeder(near, data).start()
         self.settle()
@@ -202,7 +203,7 @@ class BackpressureTests(StreamTests):
                 self.transport.pauseProducing()
 
         asleep: list[bool] = []
-        near, _, far, far_protocol = self.connect(far=Dozing, seed=1)
+        near, _, far, far_protocol = self.connect(far_protocol=Dozing, seed=1)
         data = stamped(LARGE)
         Feeder(near, data).start()
         self.settle()
@@ -257,14 +258,16 @@ class BackpressureTests(StreamTests):
 
     def test_stalled_link(self) -> None:
         """A link that takes nothing pauses the producers; little is queued in front of it."""
-        near, _, _, far_protocol = self.connect()
+        roomy = Limits(window=1 << 20, replay=1 << 21)
+        near, _, _, far_protocol = self.connect(near=roomy, far=roomy, capacity=2000)
         connection = self.ends.connection
         connection.stall(connection.server)
         feeder = Feeder(near, stamped(LARGE), lambda size: min(size, 1000))
         feeder.start()
         self.settle()
         self.assertEqual(feeder.pauses, 1)
-        self.assertLessEqual(near.queuedBytes + connection.client.queuedBytes, REPLAY)
+        self.assertLessEqual(near.queuedBytes, 1000)
+        self.assertLessEqual(connection.client.queuedBytes, 2000)
         connection.release()
         self.settle()
         self.assert_bytes(far_protocol.received, stamped(LARGE))
@@ -481,7 +484,7 @@ class HalfCloseTests(StreamTests):
 
     def test_protocol_without_half_close(self) -> None:
         """A protocol that knows no half-close is closed by the peer's, after what it has written."""
-        near, near_protocol, far, far_protocol = self.connect(far=Recorder)
+        near, near_protocol, far, far_protocol = self.connect(far_protocol=Recorder)
         far.write(b"a last word")
         near.loseWriteConnection()
         self.settle()
@@ -491,7 +494,7 @@ class HalfCloseTests(StreamTests):
 
     def test_protocol_without_half_close_and_its_producer(self) -> None:
         """... and its producer is stopped, as nobody would ever unregister it."""
-        near, near_protocol, far, far_protocol = self.connect(far=Recorder)
+        near, near_protocol, far, far_protocol = self.connect(far_protocol=Recorder)
         producer = Producer()
         far.registerProducer(producer, True)
         near.loseWriteConnection()
@@ -531,6 +534,19 @@ class HalfCloseTests(StreamTests):
         self.assert_lost(near_protocol, ConnectionDone)
         self.assert_idle(self.ends)
 
+    def test_stopping_while_paused(self) -> None:
+        """What waited when reading was given up is not delivered later, its end neither."""
+        near, _, far, far_protocol = self.connect()
+        far.pauseProducing()
+        near.write(b"too late")
+        near.loseWriteConnection()
+        self.settle()
+        far.loseReadConnection()
+        far.resumeProducing()
+        self.settle()
+        self.assertEqual(far_protocol.received, b"")
+        self.assertEqual(far_protocol.events, ["made"])
+
     def test_stopped_before_it_began(self) -> None:
         """A protocol that comes after the peer's stop is told when it comes."""
 
@@ -541,9 +557,9 @@ class HalfCloseTests(StreamTests):
                 super().connectionMade()
                 self.transport.loseReadConnection()
 
-        _, near_protocol, _, far_protocol = self.connect(far=Deaf)
+        _, near_protocol, _, far_protocol = self.connect(far_protocol=Deaf)
         self.assertEqual(near_protocol.events, ["made", "write lost"])
-        _, near_protocol, _, _ = self.connect(Recorder(), far=Deaf)
+        _, near_protocol, _, _ = self.connect(Recorder(), far_protocol=Deaf)
         self.settle()
         self.assert_lost(near_protocol, ConnectionDone)
         self.assertEqual(far_protocol.events, ["made"])
@@ -582,11 +598,11 @@ class CloseTests(StreamTests):
 
             pieces = 0
 
-        near, _, _, far_protocol = self.connect(far=Closing, seed=5)
+        near, _, _, far_protocol = self.connect(far_protocol=Closing, seed=5)
         near.write(bytes(WINDOW))
         self.settle()
         self.assertEqual(far_protocol.pieces, 1)
-        near, _, far, far_protocol = self.connect(far=Closing, capacity=4 * WINDOW)
+        near, _, far, far_protocol = self.connect(far_protocol=Closing, capacity=4 * WINDOW)
         far.pauseProducing()
         waiting = [memoryview(bytes(size)) for size in (70_000, 70_000, 10)]
         for piece in waiting:
@@ -743,7 +759,7 @@ class FaultyProtocolTests(StreamTests):
             ("dataReceived", lambda near: near.write(b"x")),
             ("readConnectionLost", lambda near: near.loseWriteConnection()),
         ):
-            near, near_protocol, _, far_protocol = self.connect(far=self.faulty(method))
+            near, near_protocol, _, far_protocol = self.connect(far_protocol=self.faulty(method))
             act(near)
             self.settle()
             self.assertEqual([f.value.args for f in self.flushLoggedErrors(Bang)], [(method,)])
@@ -762,7 +778,7 @@ class FaultyProtocolTests(StreamTests):
             def buffersWritten(self, count: int) -> None:
                 pass
 
-        near, near_protocol, _, _ = self.connect(far=Faulty)
+        near, near_protocol, _, _ = self.connect(far_protocol=Faulty)
         near.write(b"x")
         self.settle()
         self.assertEqual(len(self.flushLoggedErrors(Bang)), 1)
@@ -771,7 +787,7 @@ class FaultyProtocolTests(StreamTests):
 
     def test_connection_lost(self) -> None:
         """An exception from connectionLost is logged; other streams are told all the same."""
-        near, _, _, _ = self.connect(far=self.faulty("connectionLost"))
+        near, _, _, _ = self.connect(far_protocol=self.faulty("connectionLost"))
         other = HalfCloseRecorder()
         self.ends.open(other)
         near.abortConnection()
@@ -786,7 +802,7 @@ class FaultyProtocolTests(StreamTests):
 
     def test_connection_made(self) -> None:
         """A protocol that cannot be connected has its stream reset."""
-        _, near_protocol, _, _ = self.connect(far=self.faulty("connectionMade"))
+        _, near_protocol, _, _ = self.connect(far_protocol=self.faulty("connectionMade"))
         self.settle()
         self.assertEqual(len(self.flushLoggedErrors(Bang)), 1)
         self.assert_lost(near_protocol, StreamReset)
