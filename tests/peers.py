@@ -1,4 +1,4 @@
-"""Two daemons' ends in one process, joined by a connection in memory; data that tells its place."""
+"""Two daemons' ends in one process, joined in memory; data that tells its place; what tests of both share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocol
+from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -166,3 +168,62 @@ class EndsTestCase(SynchronousTestCase):
             if peer._held is not None:
                 self.assertEqual(peer._held.streams.session.streams, {})
                 self.assertEqual(peer._held.streams._unanswered, {})
+
+
+class Echo(Protocol):
+    """Sends back what it gets, and closes when the other side does."""
+
+    def dataReceived(self, data: bytes) -> None:
+        assert self.transport is not None
+        self.transport.write(data)
+
+
+class Producer:
+    """A producer that records what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def pauseProducing(self) -> None:
+        self.calls.append("pause")
+
+    def resumeProducing(self) -> None:
+        self.calls.append("resume")
+
+    def stopProducing(self) -> None:
+        self.calls.append("stop")
+
+
+class StreamTestCase(EndsTestCase):
+    """One stream from near to far."""
+
+    def connect(
+        self,
+        near_protocol: Any = None,
+        far_protocol: Callable[[], Any] = HalfCloseRecorder,
+        **options: Any,
+    ) -> tuple[StreamTransport, Any, StreamTransport, Any]:
+        """@return: transport and protocol of the near end, then of the far end."""
+        self.ends = Ends(**options)
+        service = Acceptor(far_protocol)
+        self.ends.far.register("vda", service)
+        near_protocol = near_protocol or HalfCloseRecorder()
+        stream = self.ends.open(near_protocol)
+        return stream, near_protocol, service.streams[0], service.protocols[0]
+
+    def settle(self) -> None:
+        self.ends.settle()
+
+
+class PeerTestCase(EndsTestCase):
+    """Runs with what was logged at hand."""
+
+    def setUp(self) -> None:
+        logged = capturedLogs()
+        self.events: Any = logged.__enter__()
+        self.addCleanup(logged.__exit__, None, None, None)
+
+    def lines(self, *words: str) -> list[str]:
+        """@return: the log lines with all of C{words}."""
+        lines = [formatEvent(event) for event in self.events]
+        return [line for line in lines if all(word in line for word in words)]
