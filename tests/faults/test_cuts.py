@@ -82,8 +82,8 @@ class CutTests(CutTestCase):
         with self.pair(*SMALL) as pair:
             self.cut_often(pair, 50, 128 * MIB // 8, 500_000, 0)
 
-    def cut_while_resuming(self, times: int) -> None:
-        """So many new connections are cut somewhere between their first byte and the end of RESUMED."""
+    def cut_while_resuming(self, times: int, last: int) -> None:
+        """Cut so many connections in a row in the C{last} bytes up to about the end of RESUME or RESUMED."""
         with self.pair(*SMALL) as pair:
             shaken = pair.wire.status()
             pair.traffic.open(3, SMALL_FLOW, SMALL_FLOW)
@@ -91,7 +91,7 @@ class CutTests(CutTestCase):
             for side in ("up", "down"):
                 # What HELLO and WELCOME took is about what RESUME and RESUMED take.
                 size = shaken[f"{side}_received"]
-                pair.wire.do("cut_each", size // 2, size + 100, side)
+                pair.wire.do("cut_each", max(1, size - last), size + 100, side)
             pair.wire.do("cut")
             wait_until(lambda: pair.wire.status()["cuts"] > times, f"{times} cuts in a row")
             pair.wire.do("clear")
@@ -100,13 +100,13 @@ class CutTests(CutTestCase):
             self.say(f"{generation - 1:.0f} of {times} cuts after RESUME was sent")
 
     def test_cut_while_resuming(self) -> None:
-        """Twice in a row."""
-        self.cut_while_resuming(2)
+        """Twice in a row, anywhere from the second half of the TLS handshake on."""
+        self.cut_while_resuming(2, 800)
 
     @thorough
     def test_cut_while_resuming_ten_times(self) -> None:
-        """Ten times in a row."""
-        self.cut_while_resuming(10)
+        """Ten times in a row, in the midst of RESUME, or of RESUMED, or just after it."""
+        self.cut_while_resuming(10, 60)
 
 
 class DamageTests(FaultTestCase):
