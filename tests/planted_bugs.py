@@ -160,6 +160,13 @@ BUGS = (
         "held.timer = self._reactor.callLater(1000 * seconds, self._expired, held, seconds)",
         PEERS,
     ),
+    Bug(
+        "a proof is not tied to the TLS connection it is given on",
+        "net/link.py",
+        "if not IExportingTransport.providedBy(transport):",
+        "if IExportingTransport.providedBy(transport):",
+        ("tests/test_tls.py", *PEERS),
+    ),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
@@ -13,9 +13,11 @@ from twisted.internet.interfaces import IConsumer, IPushProducer, ITransport
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from relaymux.interfaces import IBufferTransport, IIdentifiedTransport
+from relaymux.core.resume import EXPORTER_BYTES
+from relaymux.interfaces import IBufferTransport, IExportingTransport, IIdentifiedTransport
 from relaymux.net import tlsengine, tlssockets
 from relaymux.net.buffers import BufferPool
+from relaymux.net.link import LinkProtocol
 from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine, make_engine
 from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
 from tests.tls import AUTHORITY, SERVER, TLSTestCase
@@ -181,10 +183,32 @@ class EstablishedTests(TLSTestCase):
         other, _ = await self.pair()
         self.assertNotEqual(ours, other.transport.exporter("EXPORTER-test", 32))
 
+    async def test_link_is_tied_to_its_connection(self) -> None:
+        """What a link puts into the proof of a resume is of this connection, and the same at both ends."""
+
+        def tie(end: Recorder) -> bytes:
+            unused = cast(Any, None)
+            link = LinkProtocol(unused, unused, unused, 1)
+            link.transport = end.transport
+            return link.exporter
+
+        client, server = await self.pair()
+        self.assertEqual(len(tie(client)), EXPORTER_BYTES)
+        self.assertEqual(tie(client), tie(server))
+        other, _ = await self.pair()
+        self.assertNotEqual(tie(client), tie(other))
+
     async def test_what_it_provides(self) -> None:
         """It is a transport for bytes and for buffers whose peer is known, and it has no half-close."""
         client, server = await self.pair()
-        for interface in (ITransport, IConsumer, IPushProducer, IBufferTransport, IIdentifiedTransport):
+        for interface in (
+            ITransport,
+            IConsumer,
+            IPushProducer,
+            IBufferTransport,
+            IExportingTransport,
+            IIdentifiedTransport,
+        ):
             verifyObject(interface, client.transport)
         self.assertEqual(client.transport.getHost(), server.transport.getPeer())
         self.assertFalse(hasattr(client.transport, "loseWriteConnection"))

@@ -43,7 +43,12 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from relaymux.errors import TransportError
-from relaymux.interfaces import IBufferReceiver, IBufferTransport, IIdentifiedTransport
+from relaymux.interfaces import (
+    IBufferReceiver,
+    IBufferTransport,
+    IExportingTransport,
+    IIdentifiedTransport,
+)
 from relaymux.net.addresses import describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.sockets import PLAIN_READ, READ_ROOM, SocketTransport
@@ -106,7 +111,9 @@ class _Below(Protocol):
         """C{connectionLost} comes next."""
 
 
-@implementer(ITransport, IConsumer, IPushProducer, IBufferTransport, IIdentifiedTransport)
+@implementer(
+    ITransport, IConsumer, IPushProducer, IBufferTransport, IExportingTransport, IIdentifiedTransport
+)
 class TLSTransport(EncryptingConsumer):
     """
     A connection whose peer has proved who it is.
