@@ -32,6 +32,7 @@ test: lint qemu
 	$(BIN)/python -m pytest $(TESTS)
 
 test-faults: qemu
+	scripts/debian-packages faketime
 	RELAYMUX_THOROUGH=1 $(BIN)/python -m pytest -o faulthandler_timeout=1200 $(FAULTS)
 	$(BIN)/python -m tests.planted_bugs
 
