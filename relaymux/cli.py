@@ -19,6 +19,7 @@ from relaymux.service.config import (
     Configuration,
     LinkSection,
     ServiceSection,
+    VmSection,
     check_configuration,
     read_configuration,
 )
@@ -113,12 +114,13 @@ def _make_certificates(directory: Path, names: Sequence[str]) -> int:
 
 
 def _describe(configuration: Configuration) -> list[str]:
-    """@return: lines that say what the daemon would do, one for each section."""
+    """@return: lines that say what the daemon would do, one for each section, or several for a VM."""
     return [
         f"daemon {configuration.name}: "
         f"SIGTERM waits up to {configuration.drain_timeout:g} s for open streams",
         *map(_describe_link, configuration.links),
-        *map(_describe_service, configuration.services),
+        *(_describe_service(service) for service in configuration.services if not service.vm),
+        *(line for vm in configuration.vms for line in _describe_vm(vm, configuration)),
     ]
 
 
@@ -145,3 +147,31 @@ def _describe_service(service: ServiceSection) -> str:
         f"{service.kind} {service.name}: {what}; "
         f"at most {service.max_connections} at once, {service.open_timeout:g} s to open one"
     )
+
+
+def _describe_vm(vm: VmSection, configuration: Configuration) -> list[str]:
+    """@return: where its sockets are, and what to tell virsh."""
+    libvirt = configuration.libvirt
+    limits = vm.services[0]
+    lines = [
+        f"vm {vm.name}: over link {', or '.join(vm.links)}; "
+        f"at most {limits.max_connections} connections to a socket at once, "
+        f"{limits.open_timeout:g} s to open one"
+    ]
+    if vm.arrives:
+        paths = vm.paths_to(configuration.name, libvirt)
+        lines += [
+            f"  may arrive here: its QEMU makes {paths['ram']} and {paths['nbd']};",
+            f"  the peer's libvirt is connected to {', or to '.join(map(str, libvirt.sockets))}",
+        ]
+    for link in vm.links if vm.leaves else ():
+        paths = vm.paths_to(link, libvirt)
+        lines += [
+            f"  may leave: makes {', '.join(map(str, paths.values()))}"
+            f" (mode {limits.mode:04o}); this moves it to {link}:",
+            f"    virsh migrate --live --p2p --copy-storage-all --migrate-disks DISK,DISK {vm.name} \\",
+            f"      --desturi 'qemu+unix:///system?socket={paths['control']}' \\",
+            f"      --migrateuri unix://{paths['ram']} \\",
+            f"      --disks-uri unix://{paths['nbd']}",
+        ]
+    return lines

@@ -19,9 +19,11 @@ from relaymux.certificates import make_certificates
 from relaymux.errors import ConfigurationError
 from relaymux.service import config_sections
 from relaymux.service.config import (
+    LIBVIRT_KEYS,
     LINK_KEYS,
     RELAY_KEYS,
     SERVICE_KEYS,
+    VM_KEYS,
     Configuration,
     LinkSection,
     ServiceSection,
@@ -29,6 +31,7 @@ from relaymux.service.config import (
     load_configuration,
     read_configuration,
 )
+from relaymux.service.config_sections import DirectoryToMake
 from relaymux.service.config_values import format_size
 
 PROJECT = Path(__file__).parent.parent
@@ -263,7 +266,10 @@ class ReadTests(ConfigTestCase):
             """
         )
         run = self.directory / "run"
-        self.assertEqual(configuration.directories_to_make(), (run, run / "web1", run / "web1/disks"))
+        self.assertEqual(
+            configuration.directories_to_make(),
+            tuple(map(DirectoryToMake, (run, run / "web1", run / "web1/disks"))),
+        )
 
 
 class FormErrorTests(ConfigTestCase):
@@ -395,7 +401,7 @@ class SectionErrorTests(ConfigTestCase):
 
     def test_unknown_kind(self) -> None:
         """A misspelt kind is suggested right; there is no [DEFAULT] as in other INI files."""
-        expected = "; expected [relay], [link NAME], [disk NAME] or [stream NAME]"
+        expected = "; expected [relay], [link NAME], [disk NAME], [stream NAME], [libvirt] or [vm NAME]"
         self.assertEqual(
             self.errors(SMALLEST + "[disc d]\nlink = b\n"),
             ["[disc d]: there is no such kind of section; did you mean 'disk'?" + expected],
@@ -878,7 +884,7 @@ class DocumentationTests(SynchronousTestCase):
             "open-timeout": config_sections.DEFAULT_OPEN_TIMEOUT,
             "max-connections": config_sections.DEFAULT_MAX_CONNECTIONS,
         }
-        for key in {*RELAY_KEYS, *LINK_KEYS, *SERVICE_KEYS}:
+        for key in {*RELAY_KEYS, *LINK_KEYS, *SERVICE_KEYS, *LIBVIRT_KEYS, *VM_KEYS}:
             self.assertIn(key, rows)
             if key in sizes:
                 self.assertEqual(rows[key], format_size(sizes[key]), key)

@@ -21,7 +21,7 @@ from relaymux.errors import ConfigurationError
 from relaymux.net.disks import (
     BoundSocket,
     bind_unix,
-    ensure_private_directory,
+    ensure_directory,
     explain_denied,
     peer_credentials,
 )
@@ -581,17 +581,33 @@ class RecoveryTests(WithSockets):
 
 
 class HelperFunctionTests(WithSockets):
-    """L{ensure_private_directory} and L{peer_credentials}."""
+    """L{ensure_directory} and L{peer_credentials}."""
 
     def test_directory_is_made(self) -> None:
         """The last component is made for its owner only, under a loose umask too; a second call is fine."""
         path = os.path.join(self.directory, "web1")
         self.addCleanup(os.umask, os.umask(0))
-        ensure_private_directory(path)
+        ensure_directory(path)
         self.assertEqual(os.stat(path).st_mode, stat.S_IFDIR | 0o700)
         os.chmod(path, 0o750)
-        ensure_private_directory(f"{path}/")
+        ensure_directory(f"{path}/")
         self.assertEqual(os.stat(path).st_mode, stat.S_IFDIR | 0o750)
+
+    def test_directory_for_another_user(self) -> None:
+        """With its mode, whatever the umask, and its owner; one that cannot be given away is not left."""
+        path = os.path.join(self.directory, "hv-a")
+        self.addCleanup(os.umask, os.umask(0o077))
+        ensure_directory(path, 0o755)
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o755)
+        os.rmdir(path)
+        if os.geteuid() == 0:
+            ensure_directory(path, 0o700, NOBODY)
+            self.assertEqual(os.stat(path).st_uid, NOBODY)
+            os.rmdir(path)
+        os.chmod(self.directory, 0o777)
+        with self.as_nobody(), self.assertRaises(ConfigurationError):
+            ensure_directory(path, 0o700, 0)
+        self.assertFalse(os.path.exists(path))
 
     def test_directory_cannot_be_made(self) -> None:
         """No parent, something else there, or no permission: refused, naming the place."""
@@ -600,11 +616,11 @@ class HelperFunctionTests(WithSockets):
         Path(taken).touch()
         for path in (missing, taken):
             with self.assertRaises(ConfigurationError) as caught:
-                ensure_private_directory(path)
+                ensure_directory(path)
             self.assertIn(path, str(caught.exception))
         os.chmod(self.directory, 0o755)
         with self.as_nobody(), self.assertRaises(ConfigurationError) as caught:
-            ensure_private_directory(os.path.join(self.directory, "web2"))
+            ensure_directory(os.path.join(self.directory, "web2"))
         self.assertIn("SELinux", str(caught.exception))
 
     def test_peer_credentials(self) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.certificates import make_certificates
 from relaymux.service.config_sections import DEFAULT_REPLAY_BUFFER, DEFAULT_WINDOW
-
-PROJECT = Path(__file__).parent.parent
-
-#: Seconds that anything here may take; it takes two.
-PATIENCE = 60
+from tests.daemons import PATIENCE, PROJECT, Daemon, read_all
 
 #: More than four windows and twice the replay buffer.
 SIZE = max(4 * DEFAULT_WINDOW, 2 * DEFAULT_REPLAY_BUFFER) + 12345
@@ -33,52 +25,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """@return: everything up to the end of what the other side sends."""
-    parts = []
-    while part := connection.recv(1 << 18):
-        parts.append(part)
-    return b"".join(parts)
-
-
-class Daemon:
-    """One C{twistd relaymux}, in the foreground, its output in a file."""
-
-    def __init__(self, config: Path) -> None:
-        self._log = config.with_suffix(".log")
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", "from twisted.scripts.twistd import run; run()"),
-                    *("--nodaemon", "--pidfile=", "relaymux", "--config", str(config)),
-                ],
-                # Relative paths in the file do not depend on it.
-                cwd="/",
-                env={"PYTHONPATH": str(PROJECT)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def output(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while text not in self.output():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"no {text!r} in:\n{self.output()}")
-            time.sleep(0.02)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE)
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(PATIENCE)
 
 
 class ExamplePairTests(SynchronousTestCase):

@@ -129,6 +129,8 @@ def connect_unix(
     seconds: float,
     pool: BufferPool,
     flush_seconds: float | None = None,
+    *,
+    others: Sequence[str] = (),
 ) -> Deferred[IProtocol]:
     """
     Connect to the UNIX stream socket at C{path}.
@@ -136,6 +138,7 @@ def connect_unix(
     A full backlog is waited for; no socket, and one that nobody listens on,
     are failures at once.
 
+    @param others: paths to try in turn after such a failure.
     @param target: the protocol, or a factory that is asked for one once the
         connection is there.
     @param seconds: how long to try; above 0.
@@ -144,7 +147,7 @@ def connect_unix(
         cancelling gives up.
     """
     return Deferred.fromCoroutine(
-        _connect(reactor, [UNIXAddress(path)], target, seconds, pool, None, flush_seconds)
+        _connect(reactor, list(map(UNIXAddress, (path, *others))), target, seconds, pool, None, flush_seconds)
     )
 
 

@@ -41,7 +41,7 @@ __all__ = [
     "BoundSocket",
     "PeerCredentials",
     "bind_unix",
-    "ensure_private_directory",
+    "ensure_directory",
     "explain_denied",
     "peer_credentials",
 ]
@@ -156,19 +156,29 @@ def bind_unix(
         raise refusal(path, f"{place}: {e.strerror}", cure) from e
 
 
-def ensure_private_directory(path: str) -> None:
+def ensure_directory(path: str, mode: int = 0o700, owner: int | None = None) -> None:
     """
-    Make the directory C{path} with mode 0700, unless it is there; its parent must be.
+    Make the directory C{path}, unless it is there; its parent must be.
 
     A directory that is there stays as it is: L{bind_unix} judges it.
 
+    @param mode: permission bits.
+    @param owner: uid; L{None} leaves our own.  Another one takes CAP_CHOWN.
     @raise ConfigurationError: it could not be made.
     """
     path = path.rstrip("/")
     try:
-        if not os.path.isdir(path):
-            _check_directory(path)
-            os.mkdir(path, 0o700)
+        if os.path.isdir(path):
+            return
+        _check_directory(path)
+        os.mkdir(path, 0o700)
+        try:
+            os.chmod(path, mode)
+            if owner is not None:
+                os.chown(path, owner, -1)
+        except BaseException:
+            os.rmdir(path)
+            raise
     except PermissionError as e:
         raise refusal(path, f"the directory cannot be made: {e.strerror}", explain_denied(path)) from e
     except OSError as e:

@@ -86,6 +86,8 @@ class SessionKeeper:
     """
     @ivar name: the name of the configuration's C{[link]} section, for logs.
     @ivar daemon: the name the other daemon gave itself; empty before the first link.
+    @ivar expected_daemon: the name that it should give itself, because paths on both
+        hosts contain it; empty if that does not matter.  Another name is logged.
     @ivar undelivered: bytes of streams that are over, which were taken from local
         programs and not reported as delivered by the other side, or taken from
         the other side and not by the local program.
@@ -102,6 +104,7 @@ class SessionKeeper:
         """
         self.name = name
         self.daemon = ""
+        self.expected_daemon = ""
         self.undelivered = 0
         self.listener: LinkListener | None = None
         self._reactor = reactor
@@ -300,6 +303,14 @@ class SessionKeeper:
             identity=f" ({link.peer_identity})" if link.peer_identity else "",
             number=link.number,
         )
+        if self.expected_daemon not in ("", remote.name):
+            self._log.error(
+                "link {peer}: the other daemon is called {daemon}, and the sockets of [vm] sections"
+                " will not meet; call the section [link {daemon}], or that daemon {expected}",
+                peer=self.name,
+                daemon=remote.name,
+                expected=self.expected_daemon,
+            )
         self._attach(link, held)
 
     def _resumed(self, link: LinkProtocol, held: HeldSession, again: int) -> None:

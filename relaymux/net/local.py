@@ -37,14 +37,15 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 @dataclass(frozen=True)
 class LocalSocket:
     """
-    What a C{[disk]} or C{[stream]} section says.
+    What a C{[disk]} or C{[stream]} section says, or a C{[vm]} section of one socket.
 
-    @ivar section: the section's name, e.g. C{"disk vda"}, for logs.
+    @ivar section: the section's name, e.g. C{"disk vda"} or C{"vm web1 ram"}, for logs.
     @ivar service: the name on the wire.
     @ivar path: the UNIX socket.
     @ivar open_timeout: seconds until a connection that the other end does not
         answer has failed.
     @ivar max_connections: open connections at once.
+    @ivar others: sockets to dial when nobody listens at C{path}.
     """
 
     section: str
@@ -52,6 +53,7 @@ class LocalSocket:
     path: str
     open_timeout: float
     max_connections: int
+    others: tuple[str, ...] = ()
 
 
 @dataclass
@@ -266,6 +268,7 @@ class LocalDialer:
             connection.bridge.local,
             self._local.open_timeout,
             pool_for(self._reactor),
+            others=self._local.others,
         )
         stream.when_given_up(dialled.cancel)
         dialled.addCallbacks(
@@ -282,10 +285,10 @@ class LocalDialer:
         gave_up = reason.check(CancelledError)
         why = "the peer gave up meanwhile" if gave_up else reason.getErrorMessage()
         self._connections.not_joined(connection, why)
-        # No path travels to the peer.
-        stream.refuse(
-            ErrorCode.CONNECT_FAILED, f"{self._local.section}: {why.replace(self._local.path, 'its socket')}"
-        )
+        told = why
+        for path in (self._local.path, *self._local.others):
+            told = told.replace(path, "its socket")  # no path travels to the peer
+        stream.refuse(ErrorCode.CONNECT_FAILED, f"{self._local.section}: {told}")
         self._dialling = False
         self._next()
 

@@ -10,7 +10,6 @@ is L{check_configuration}'s part.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -19,19 +18,30 @@ from relaymux.errors import ConfigurationError
 from relaymux.interfaces import IRelayTransport
 from relaymux.service import config_sections as sections
 from relaymux.service.config_check import check_configuration, find_contradictions
-from relaymux.service.config_sections import Configuration, LinkSection, Role, ServiceKind, ServiceSection
+from relaymux.service.config_sections import (
+    Configuration,
+    LinkSection,
+    Role,
+    ServiceKind,
+    ServiceSection,
+    VmSection,
+)
+from relaymux.service.config_services import (
+    LIBVIRT_KEYS,
+    SERVICE_KEYS,
+    VM_KEYS,
+    parse_count,
+    read_libvirt,
+    read_service,
+    read_vm,
+)
 from relaymux.service.config_syntax import Section, parse_ini, read_text
 from relaymux.service.config_values import (
     GIB,
     KIB,
-    count_between,
     parse_addresses,
     parse_directory,
-    parse_group,
-    parse_mode,
     parse_name,
-    parse_owner,
-    parse_socket_path,
     seconds_between,
     size_between,
     suggestion,
@@ -39,14 +49,17 @@ from relaymux.service.config_values import (
 from relaymux.transports.registry import find_transport
 
 __all__ = [
+    "LIBVIRT_KEYS",
     "LINK_KEYS",
     "RELAY_KEYS",
     "SERVICE_KEYS",
+    "VM_KEYS",
     "Configuration",
     "LinkSection",
     "Role",
     "ServiceKind",
     "ServiceSection",
+    "VmSection",
     "check_configuration",
     "load_configuration",
     "read_configuration",
@@ -63,23 +76,21 @@ LINK_KEYS: Final = (
     "silence",
     "resume-window",
 )
-_SOCKET_KEYS: Final = ("mode", "owner", "group")
-SERVICE_KEYS: Final = ("link", "listen", "connect", *_SOCKET_KEYS, "open-timeout", "max-connections")
 
-_KINDS: Final = ("relay", "link", "disk", "stream")
+_KINDS: Final = ("relay", "link", "disk", "stream", "libvirt", "vm")
+
+#: Those that come once, without a name.
+_NAMELESS: Final = ("relay", "libvirt")
 
 # The lower ends are for tests and tiny machines; with less the two sides talk of
 # credit more than they move data.  Above the upper ends are typing errors: 1 GiB
 # on its way is 10 Gbit/s at 850 ms.
 _parse_window = size_between(16 * KIB, GIB)
 _parse_replay_buffer = size_between(64 * KIB, GIB)
-# More than any host gives a process in file descriptors.
-_parse_count = count_between(1, 65536)
 # A busy host is silent for a good part of a second without being dead.
 _parse_silence = seconds_between(0.5, 3600)
 # An hour without a link is an incident that somebody looks at.
 _parse_resume_window = seconds_between(0, 3600)
-_parse_open_timeout = seconds_between(0.1, 3600)
 _parse_drain_timeout = seconds_between(0, 86400)
 
 
@@ -122,22 +133,25 @@ def _read_sections(
             problems.append(ConfigurationError(problem, file=file, expected=expected))
     links = {section.name: _read_link(section, directory) for section in of_kind["link"]}
     services = [
-        _read_service(section, kind, directory, links)
+        read_service(section, kind, directory, links)
         for section in usable
         for kind in ("disk", "stream")
         if section.kind == kind
     ]
     relay = next(iter(of_kind["relay"]), Section(file, "relay", {"name": "unnamed"}, problems))
     relay.refuse_unknown(RELAY_KEYS, "[relay]")
+    name = relay.require("name", parse_name, "", "the name of this daemon, another one than its peers have")
+    libvirt = read_libvirt(next(iter(of_kind["libvirt"]), None), directory)
+    vms = [read_vm(section, name, libvirt, links) for section in of_kind["vm"]]
     configuration = Configuration(
         file=file,
-        name=relay.require(
-            "name", parse_name, "", "the name of this daemon, another one than its peers have"
-        ),
+        name=name,
         links=tuple(links.values()),
-        services=tuple(services),
+        services=(*services, *(service for vm in vms for service in vm.services)),
         drain_timeout=relay.get("drain-timeout", _parse_drain_timeout, sections.DEFAULT_DRAIN_TIMEOUT),
         runtime_directory=relay.get("runtime-directory", partial(parse_directory, directory=directory), None),
+        libvirt=libvirt,
+        vms=tuple(vms),
     )
     problems += find_contradictions(configuration)
     return configuration
@@ -147,12 +161,13 @@ def _is_usable(section: Section) -> bool:
     """@return: whether kind and name are right; it is reported if not."""
     if section.kind not in _KINDS:
         problem = f"there is no such kind of section{suggestion(section.kind, _KINDS)}"
-        expected = "[relay], [link NAME], [disk NAME] or [stream NAME]"
+        expected = "[relay], [link NAME], [disk NAME], [stream NAME], [libvirt] or [vm NAME]"
         section.wrong(ConfigurationError(problem, expected=expected))
         return False
-    if section.kind == "relay":
+    if section.kind in _NAMELESS:
         if section.name:
-            section.wrong(ConfigurationError("this kind of section has no name", expected="[relay]"))
+            problem = "this kind of section has no name"
+            section.wrong(ConfigurationError(problem, expected=f"[{section.kind}]"))
         return not section.name
     try:
         if not section.name:
@@ -183,46 +198,7 @@ def _read_link(section: Section, directory: Path) -> LinkSection:
         directory=directory,
         window=section.get("window", _parse_window, sections.DEFAULT_WINDOW),
         replay_buffer=section.get("replay-buffer", _parse_replay_buffer, sections.DEFAULT_REPLAY_BUFFER),
-        max_streams=section.get("max-streams", _parse_count, sections.DEFAULT_MAX_STREAMS),
+        max_streams=section.get("max-streams", parse_count, sections.DEFAULT_MAX_STREAMS),
         silence=section.get("silence", _parse_silence, sections.DEFAULT_SILENCE),
         resume_window=section.get("resume-window", _parse_resume_window, sections.DEFAULT_RESUME_WINDOW),
     )
-
-
-def _read_service(
-    section: Section, kind: ServiceKind, directory: Path, links: dict[str, LinkSection]
-) -> ServiceSection:
-    section.refuse_unknown(SERVICE_KEYS, f"a [{kind}] section")
-    role = section.role()
-    if "listen" not in section.values:
-        for key in _SOCKET_KEYS:
-            if key in section.values:
-                problem = "the key says how the socket is made, and with connect it is not made here"
-                section.wrong(ConfigurationError(problem, expected=f"listen, or no {key}"), key)
-    link_name = section.require(
-        "link", partial(_known_link, links=links), "", "the name of a [link NAME] section"
-    )
-    streams = links[link_name].max_streams if link_name else sections.DEFAULT_MAX_STREAMS
-    return ServiceSection(
-        kind=kind,
-        name=section.name,
-        link=link_name,
-        role=role,
-        path=section.get(role, partial(parse_socket_path, directory=directory), Path()),
-        mode=section.get("mode", parse_mode, sections.DEFAULT_MODE),
-        owner=section.get("owner", parse_owner, None),
-        group=section.get("group", parse_group, None),
-        open_timeout=section.get("open-timeout", _parse_open_timeout, sections.DEFAULT_OPEN_TIMEOUT),
-        max_connections=section.get(
-            "max-connections", _parse_count, min(sections.DEFAULT_MAX_CONNECTIONS, streams)
-        ),
-    )
-
-
-def _known_link(text: str, links: Collection[str]) -> str:
-    if text not in links:
-        problem = f"there is no section [link {text}]{suggestion(text, links)}"
-        raise ConfigurationError(
-            problem, found=text, expected="the name of a link, one of " + (", ".join(links) or "none")
-        )
-    return text

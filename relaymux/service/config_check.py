@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import combinations
 from pathlib import Path
 
 from relaymux.errors import ConfigurationError
-from relaymux.service.config_sections import Configuration, LinkSection, ServiceSection
+from relaymux.service.config_sections import (
+    Configuration,
+    LibvirtSection,
+    LinkSection,
+    ServiceSection,
+)
 from relaymux.service.config_values import format_size
 from relaymux.transports.registry import find_transport
 
@@ -27,13 +32,17 @@ def find_contradictions(configuration: Configuration) -> list[ConfigurationError
     links = {link.name: link for link in configuration.links}
     problems = [problem for link in configuration.links for problem in _link_contradictions(link)]
     problems += [problem for pair in combinations(configuration.links, 2) for problem in _same_address(*pair)]
-    for service in configuration.services:
+    # One for all sockets that a section has on a link.
+    for service in {(service.section, service.link): service for service in configuration.services}.values():
         if service.link in links:
             problems += _too_many_connections(service, links[service.link])
     for pair in combinations(configuration.services, 2):
-        problems += _same_name(*pair)
-        problems += _same_path(*pair)
-    return [problem.within(file=configuration.file) for problem in problems]
+        if not pair[0].vm or pair[0].vm != pair[1].vm:  # one VM's do not contradict one another
+            problems += _same_name(*pair)
+            problems += _same_path(*pair)
+    # Two sockets of one section may say the same.
+    different = {str(problem.within(file=configuration.file)): problem for problem in problems}
+    return list(different.values())
 
 
 def check_configuration(configuration: Configuration, reactor: object) -> list[ConfigurationError]:
@@ -45,9 +54,15 @@ def check_configuration(configuration: Configuration, reactor: object) -> list[C
     @return: what would keep the daemon from working, every error of it.
     """
     problems = [problem for link in configuration.links for problem in _transport_problems(link, reactor)]
-    will_be_made = configuration.directories_to_make()
-    if will_be_made:
-        problems += _runtime_directory_problems(will_be_made[0])
+    will_be_made = {directory.path for directory in configuration.directories_to_make()}
+    for key, section, directory in (
+        ("runtime-directory", "relay", configuration.runtime_directory),
+        ("directory", "libvirt", configuration.libvirt.directory if configuration.vms else None),
+    ):
+        if directory is not None:
+            problems += _made_directory_problems(directory, section, key)
+    if any(vm.arrives for vm in configuration.vms):
+        problems += _arrival_problems(configuration.libvirt, configuration.name)
     for service in configuration.services:
         if service.role == "listen":
             problems += _socket_problems(service, will_be_made)
@@ -108,7 +123,7 @@ def _same_path(first: ServiceSection, second: ServiceSection) -> Iterator[Config
         yield ConfigurationError(
             f"[{first.section}] makes the same socket",
             section=second.section,
-            key="listen",
+            key=_path_key(second),
             found=str(second.path),
             expected="a path of its own for each section",
         )
@@ -116,10 +131,15 @@ def _same_path(first: ServiceSection, second: ServiceSection) -> Iterator[Config
         yield ConfigurationError(
             f"[{first.section}] says {first.role} for the same path: the peer would talk to itself",
             section=second.section,
-            key=second.role,
+            key=_path_key(second),
             found=str(second.path),
             expected="the path of QEMU's socket after connect, and a path of relaymux's own after listen",
         )
+
+
+def _path_key(service: ServiceSection) -> str:
+    """@return: the key that says the path; a VM's follow from its name."""
+    return "" if service.vm else service.role
 
 
 def _transport_problems(link: LinkSection, reactor: object) -> Iterator[ConfigurationError]:
@@ -136,8 +156,9 @@ def _transport_problems(link: LinkSection, reactor: object) -> Iterator[Configur
                 yield error.within(section=link.section, key=link.role)
 
 
-def _runtime_directory_problems(directory: Path) -> Iterator[ConfigurationError]:
-    where = {"section": "relay", "key": "runtime-directory", "found": str(directory)}
+def _made_directory_problems(directory: Path, section: str, key: str) -> Iterator[ConfigurationError]:
+    """A directory that the daemon makes, with its parent there."""
+    where = {"section": section, "key": key, "found": str(directory)}
     if os.path.lexists(directory):
         if not directory.is_dir():
             yield ConfigurationError(
@@ -157,7 +178,25 @@ def _runtime_directory_problems(directory: Path) -> Iterator[ConfigurationError]
         )
 
 
-def _socket_problems(service: ServiceSection, will_be_made: tuple[Path, ...]) -> Iterator[ConfigurationError]:
+def _arrival_problems(libvirt: LibvirtSection, name: str) -> Iterator[ConfigurationError]:
+    """Whether QEMU may make its sockets where VMs arrive."""
+    directory = libvirt.directory / name
+    if libvirt.qemu_user is None or not directory.is_dir():
+        return
+    status = directory.stat()
+    # What groups and access lists allow is the operator's business.
+    if status.st_uid != libvirt.qemu_user and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        yield ConfigurationError(
+            f"the user with id {libvirt.qemu_user}, which QEMU runs as, may not make sockets in {directory}",
+            section="libvirt",
+            key="directory",
+            found=str(libvirt.directory),
+            expected=f"QEMU's user to own it: chown {libvirt.qemu_user} {directory}; "
+            "or the user that libvirt's qemu.conf names as qemu-user",
+        )
+
+
+def _socket_problems(service: ServiceSection, will_be_made: Container[Path]) -> Iterator[ConfigurationError]:
     problem = expected = ""
     directory = service.path.parent
     if not os.path.lexists(directory):
@@ -182,7 +221,11 @@ def _socket_problems(service: ServiceSection, will_be_made: tuple[Path, ...]) ->
         )
     if problem:
         yield ConfigurationError(
-            problem, section=service.section, key="listen", found=str(service.path), expected=expected
+            problem,
+            section=service.section,
+            key=_path_key(service),
+            found=str(service.path),
+            expected=expected,
         )
     yield from _ownership_problems(service)
 

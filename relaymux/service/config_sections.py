@@ -13,10 +13,23 @@ from typing import Literal
 from relaymux.core.handshake import Limits
 from relaymux.interfaces import TransportSettings
 
-__all__ = ["Configuration", "LinkSection", "Role", "ServiceKind", "ServiceSection"]
+__all__ = [
+    "Configuration",
+    "Direction",
+    "DirectoryToMake",
+    "LibvirtSection",
+    "LinkSection",
+    "Role",
+    "ServiceKind",
+    "ServiceSection",
+    "VmPart",
+    "VmSection",
+]
 
 Role = Literal["connect", "listen"]
-ServiceKind = Literal["disk", "stream"]
+ServiceKind = Literal["disk", "stream", "vm"]
+Direction = Literal["both", "in", "out"]
+VmPart = Literal["control", "ram", "nbd"]
 
 #: Seconds.  Long enough for what a finished migration has in flight (the replay
 #: buffer, 32 MiB, needs 3 s at 100 Mbit/s), short enough to be done before
@@ -61,6 +74,17 @@ DEFAULT_OPEN_TIMEOUT = 10.0
 #: The largest use of one socket is a migration with multifd; QEMU's examples use 4
 #: to 16 channels, so this bounds a client that runs wild and nothing else.
 DEFAULT_MAX_CONNECTIONS = 128
+
+#: Where the sockets of C{[vm]} sections are.  Debian's AppArmor lets an arriving QEMU
+#: bind C{*.tunnelmigrate.dest.NAME} in a directory below C{/run/libvirt}, and nowhere else.
+DEFAULT_DIRECTORY = Path("/run/libvirt/relaymux")
+
+#: libvirt's own sockets: that of the modular daemon for QEMU, and that of libvirtd, or of
+#: virtproxyd in its place.
+DEFAULT_LIBVIRT_SOCKETS = (Path("/run/libvirt/virtqemud-sock"), Path("/run/libvirt/libvirt-sock"))
+
+#: Whom libvirt runs QEMU as, if it is not told otherwise: Debian and its kin; Fedora, SUSE.
+QEMU_USERS = ("libvirt-qemu", "qemu")
 
 
 @dataclass(frozen=True)
@@ -112,8 +136,8 @@ class LinkSection:
 @dataclass(frozen=True)
 class ServiceSection:
     """
-    One C{[disk NAME]} or C{[stream NAME]}: a local UNIX socket that is coupled
-    to the service of that name over a link.
+    One C{[disk NAME]} or C{[stream NAME]}, or one socket of a C{[vm NAME]}: a local
+    UNIX socket that is coupled to the service of that name over a link.
 
     @ivar name: the service's name on the wire, unique among both kinds.
     @ivar link: the name of the L{LinkSection} it travels over.
@@ -127,6 +151,9 @@ class ServiceSection:
     @ivar open_timeout: seconds until a connection or stream that the other end
         does not answer is ended as failed.
     @ivar max_connections: connections of this section that may be open at once.
+    @ivar others: with C{"connect"}, sockets to try when nobody listens at C{path}.
+    @ivar vm: the name of the L{VmSection} that this is a socket of, if it is.
+    @ivar part: which of its sockets.
     """
 
     kind: ServiceKind
@@ -139,11 +166,94 @@ class ServiceSection:
     group: int | None = None
     open_timeout: float = DEFAULT_OPEN_TIMEOUT
     max_connections: int = DEFAULT_MAX_CONNECTIONS
+    others: tuple[Path, ...] = ()
+    vm: str = ""
+    part: VmPart | None = None
 
     @property
     def section(self) -> str:
         """The section's header without brackets, for messages."""
-        return f"{self.kind} {self.name}"
+        return f"{self.kind} {self.vm or self.name}"
+
+    @property
+    def label(self) -> str:
+        """The section and which socket of it, for logs."""
+        return f"{self.section} {self.part}" if self.part else self.section
+
+
+@dataclass(frozen=True)
+class LibvirtSection:
+    """
+    C{[libvirt]}: what all C{[vm]} sections have in common.
+
+    @ivar directory: the one below which their sockets are, in one directory for each
+        host that a VM can arrive at, of that host's name; absolute.
+    @ivar sockets: where libvirt listens on this host; the first that answers is taken.
+    @ivar qemu_user: user id that libvirt runs QEMU as; L{None} if it is this daemon's.
+    """
+
+    directory: Path = DEFAULT_DIRECTORY
+    sockets: tuple[Path, ...] = DEFAULT_LIBVIRT_SOCKETS
+    qemu_user: int | None = None
+
+
+@dataclass(frozen=True)
+class VmSection:
+    """
+    One C{[vm NAME]}: a VM that libvirt moves, with all the sockets that this takes.
+
+    Each of its sockets has one path on both hosts, since C{virsh} is told one.  So the
+    path names the host that the VM arrives at: there QEMU makes the socket, and here
+    relaymux does.  A VM that goes back uses other paths, and no path ever changes hands.
+
+    @ivar name: the domain's name; C{NAME.control}, C{NAME.ram} and C{NAME.nbd} on the wire.
+    @ivar links: the links it may go over, each with the name of the daemon at its other end.
+    @ivar direction: whether the VM may leave over them (C{"out"}), arrive, or both.
+    @ivar services: its sockets on this host.
+    """
+
+    name: str
+    links: tuple[str, ...]
+    direction: Direction
+    services: tuple[ServiceSection, ...] = ()
+
+    @property
+    def section(self) -> str:
+        """The section's header without brackets, for messages."""
+        return f"vm {self.name}"
+
+    def paths_to(self, host: str, libvirt: LibvirtSection) -> dict[VmPart, Path]:
+        """@return: the paths of the VM's sockets on its way to C{host}, the same on both hosts."""
+        directory = libvirt.directory / host
+        return {
+            "control": directory / f"control.{self.name}",
+            # The names that virt-aa-helper writes into the profile of a VM that arrives.
+            "ram": directory / f"ram.tunnelmigrate.dest.{self.name}",
+            "nbd": directory / f"nbd.tunnelmigrate.dest.{self.name}",
+        }
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it may leave this host."""
+        return self.direction != "in"
+
+    @property
+    def arrives(self) -> bool:
+        """Whether it may arrive at this host."""
+        return self.direction != "out"
+
+
+@dataclass(frozen=True)
+class DirectoryToMake:
+    """
+    A directory that the daemon makes if it is missing.
+
+    @ivar owner: user id to give it to; L{None} leaves the daemon's.
+    """
+
+    path: Path
+    mode: int = 0o700
+    owner: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +264,8 @@ class Configuration:
     @ivar file: the file's name as the operator gave it, for messages.
     @ivar name: the daemon's name, told to its peers.
     @ivar links: at least one, in the file's order.
-    @ivar services: in the file's order; may be empty.
+    @ivar services: in the file's order, then those of all C{vms}; may be empty.
+    @ivar vms: in the file's order.
     @ivar drain_timeout: seconds that SIGTERM waits for open streams.
     @ivar runtime_directory: a directory that the daemon makes if it is missing,
         as it does those of sockets below it; absolute.
@@ -166,19 +277,39 @@ class Configuration:
     services: tuple[ServiceSection, ...] = ()
     drain_timeout: float = DEFAULT_DRAIN_TIMEOUT
     runtime_directory: Path | None = None
+    libvirt: LibvirtSection = LibvirtSection()
+    vms: tuple[VmSection, ...] = ()
 
-    def directories_to_make(self) -> tuple[Path, ...]:
+    def directories_to_make(self) -> tuple[DirectoryToMake, ...]:
         """
-        @return: the runtime directory and those below it in which sockets are
-            to be made, parents first.  The daemon makes the missing ones,
-            private to its user, before anything listens.  Directories in other
-            places must be there, so that a misspelt path is not taken for a wish.
+        @return: parents first: the runtime directory and those below it in which sockets
+            are to be made, private to the daemon's user; and those of L{VmSection}s.
+            Directories in other places must be there, so that a misspelt path is not
+            taken for a wish.
         """
+        return (*map(DirectoryToMake, self._private_directories()), *self._vm_directories())
+
+    def _private_directories(self) -> list[Path]:
         if self.runtime_directory is None:
-            return ()
+            return []
         found = {self.runtime_directory}
         for service in self.services:
             if service.role == "listen" and self.runtime_directory in service.path.parents:
                 below = service.path.parent.relative_to(self.runtime_directory)
                 found.update(self.runtime_directory / part for part in (below, *below.parents))
-        return tuple(sorted(found))
+        return sorted(found)
+
+    def _vm_directories(self) -> list[DirectoryToMake]:
+        """
+        QEMU, as another user, connects to sockets in those of other hosts, and makes its
+        own in that of this host, where nobody else may put anything.
+        """
+        if not self.vms:
+            return []
+        base = self.libvirt.directory
+        directories = [DirectoryToMake(base, 0o755)]
+        hosts = sorted({link for vm in self.vms if vm.leaves for link in vm.links})
+        directories += [DirectoryToMake(base / host, 0o755) for host in hosts]
+        if any(vm.arrives for vm in self.vms):
+            directories.append(DirectoryToMake(base / self.name, 0o700, self.libvirt.qemu_user))
+        return directories

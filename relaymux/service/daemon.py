@@ -18,7 +18,7 @@ from relaymux.core.handshake import Limits
 from relaymux.errors import ConfigurationError, RelaymuxError
 from relaymux.net.buffers import pool_for
 from relaymux.net.dialer import Dialer, LinkPort
-from relaymux.net.disks import BoundSocket, bind_unix, ensure_private_directory
+from relaymux.net.disks import BoundSocket, bind_unix, ensure_directory
 from relaymux.net.listen import listen_on
 from relaymux.net.local import LocalDialer, LocalListener, LocalSocket, Totals
 from relaymux.net.peer import Identity, Peer
@@ -64,12 +64,13 @@ class RelayService(Service):
         """
         try:
             for directory in self._configuration.directories_to_make():
-                ensure_private_directory(str(directory))
+                ensure_directory(str(directory.path), directory.mode, directory.owner)
             for section in self._configuration.services:
                 try:
                     self._add_service(section)
                 except ConfigurationError as error:
-                    raise error.within(self._configuration.file, section.section, "listen") from None
+                    key = "" if section.vm else "listen"
+                    raise error.within(self._configuration.file, section.section, key) from None
         except RelaymuxError:
             self._remove_sockets()
             raise
@@ -143,6 +144,8 @@ class RelayService(Service):
         )
         dialing = section.role == "connect"
         peer = Peer(self._reactor, section.name, identity, limits, dialing=dialing)
+        if any(section.name in vm.links for vm in self._configuration.vms):
+            peer.expected_daemon = section.name
         transport = find_transport(section.transport)
         settings = section.settings()
         if dialing:
@@ -156,18 +159,23 @@ class RelayService(Service):
     def _add_service(self, section: ServiceSection) -> None:
         peer = self._peers[section.link]
         local = LocalSocket(
-            section.section, section.name, str(section.path), section.open_timeout, section.max_connections
+            section.label,
+            section.name,
+            str(section.path),
+            section.open_timeout,
+            section.max_connections,
+            others=tuple(map(str, section.others)),
         )
         if section.role == "connect":
             dialer = LocalDialer(self._reactor, peer, local)
             peer.register(section.name, dialer)
-            self._totals.append((section.section, dialer.totals))
+            self._totals.append((section.label, dialer.totals))
             return
         bound = bind_unix(local.path, mode=section.mode, owner=section.owner, group=section.group)
         factory = LocalListener(self._reactor, peer, local)
         port = listen_on(self._reactor, bound.socket, factory, pool_for(self._reactor))
         self._sockets.append((bound, port))
-        self._totals.append((section.section, factory.totals))
+        self._totals.append((section.label, factory.totals))
 
     def _remove_sockets(self) -> None:
         sockets, self._sockets = self._sockets, []
