@@ -260,7 +260,9 @@ class Half:
         self.limits = limits
         self.session = Session(dialing=dialing, local=limits, remote=limits)
         remote = Hello("far", bytes(16), limits)
-        streams = SessionStreams(self.session, "far", {}, lambda: None, QuietLog(Logger(), lambda: 0.0))
+        streams = SessionStreams(
+            self.session, "far", {}, lambda: None, QuietLog(Logger(), lambda: 0.0)
+        )
         self.held = HeldSession(TICKET, remote, streams, "dns:far", 60.0)
         self.link = self.resume(0)
         self.said = b""
