@@ -10,9 +10,10 @@ from twisted.logger import capturedLogs, formatEvent
 
 from relaymux.core.handshake import Limits
 from relaymux.net.buffers import pool_for
+from relaymux.net.connections import LocalSocket
 from relaymux.net.disks import bind_unix
 from relaymux.net.listen import listen_on
-from relaymux.net.local import LocalDialer, LocalListener, LocalSocket
+from relaymux.net.local import LocalDialer, LocalListener
 from relaymux.net.peer import Identity, Peer
 from relaymux.testing.memory import MemoryConnection
 from tests.sockets import SocketTestCase, reactor
@@ -100,7 +101,7 @@ class BridgeTestCase(SocketTestCase):
     @property
     def open_connections(self) -> int:
         """How many connections the sections have, and streams the peers."""
-        connections = sum(len(section._connections._open) for section in self.sections)
+        connections = sum(len(section.connections._open) for section in self.sections)
         return connections + self.near.open_streams + self.far.open_streams
 
     async def close_link(self) -> None:
@@ -166,7 +167,7 @@ class BridgeTestCase(SocketTestCase):
 
         @return: how much that was: what the kernel holds, and what this side's limits allow.
         """
-        [bridge] = self.dialer._connections._open
+        [bridge] = self.dialer.connections._open
         far_kernel = bridge.local.transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         near_kernel = near.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         sent, quiet = 0, 0

@@ -172,7 +172,7 @@ class OrderTests(BridgeTestCase):
         near = [self.connect() for _ in range(3)]
         for program in near:
             self.assertEqual(await self.ended(program), b"")
-        await self.until(lambda: len(self.dialer._connections._open) == 1, "the far end knows, too")
+        await self.until(lambda: len(self.dialer.connections._open) == 1, "the far end knows, too")
         await self.accept()
         late = self.connect()
         late.send(b"late")

@@ -104,7 +104,7 @@ class EndTests(BridgeTestCase):
         self.serve()
         near, far = await self.pair()
         data = self.fill(near)
-        await self.until(lambda: self.dialer._connections._open, "it was connected")
+        await self.until(lambda: self.dialer.connections._open, "it was connected")
         await self.turns()
         self.connection.cut()
         got = await self.ended(far)
@@ -123,7 +123,7 @@ class EndTests(BridgeTestCase):
         await self.send(near, b"lost with the link")
         near.close()
         await self.until(
-            lambda: not self.listener._connections._open or not self._only_bridge().is_local_open,
+            lambda: not self.listener.connections._open or not self._only_bridge().is_local_open,
             "its closing was noticed",
         )
         self.connection.cut()
@@ -131,7 +131,7 @@ class EndTests(BridgeTestCase):
         await self.until(lambda: len(self.lines("connection 1 ended as an error")) == 2, "both logged it")
 
     def _only_bridge(self) -> Bridge:
-        [bridge] = self.listener._connections._open
+        [bridge] = self.listener.connections._open
         return bridge
 
     async def test_reset_frees_both(self) -> None:
@@ -211,7 +211,7 @@ class ProgramErrorTests(BridgeTestCase):
         near, far = await self.pair()
         await self.send(near, b"x")
         await self.read(far, 1)
-        [bridge] = self.listener._connections._open
+        [bridge] = self.listener.connections._open
         transport: Any = bridge.local.transport
         transport._receiving_failed(OSError(errno.EIO, os.strerror(errno.EIO)))
         self.assertEqual(await self.ended(far), b"")

@@ -17,10 +17,11 @@ from twisted.python.failure import Failure
 from relaymux.core.handshake import Limits
 from relaymux.errors import ConfigurationError, RelaymuxError
 from relaymux.net.buffers import pool_for
+from relaymux.net.connections import LocalSocket, Totals
 from relaymux.net.dialer import Dialer, LinkPort
 from relaymux.net.disks import BoundSocket, bind_unix, ensure_directory
 from relaymux.net.listen import listen_on
-from relaymux.net.local import LocalDialer, LocalListener, LocalSocket, Totals
+from relaymux.net.local import LocalDialer, LocalListener
 from relaymux.net.peer import Identity, Peer
 from relaymux.service.config_sections import Configuration, LinkSection, ServiceSection
 from relaymux.transports.registry import find_transport
