@@ -62,17 +62,20 @@ class BridgeTestCase(SocketTestCase):
         max_connections: int = 64,
         far_open_timeout: float | None = None,
         far_max_connections: int = 64,
+        is_nbd: bool = False,
     ) -> None:
         """Offer the program's socket at the far end, and listen for it at the near one."""
         options = (far_open_timeout or open_timeout, far_max_connections)
         if listen:
             self.program = self.far_socket(backlog)
-        local = LocalSocket(f"stream {service}", service, self.far_path, *options)
+        local = LocalSocket(f"stream {service}", service, self.far_path, *options, is_nbd=is_nbd)
         self.dialer = LocalDialer(reactor, self.far, local)
         self.far.register(service, self.dialer)
         options = (open_timeout, max_connections)
         self.listener = LocalListener(
-            reactor, self.near, LocalSocket(f"stream {service}", service, self.near_path, *options)
+            reactor,
+            self.near,
+            LocalSocket(f"stream {service}", service, self.near_path, *options, is_nbd=is_nbd),
         )
         bound = bind_unix(self.near_path)
         port = listen_on(reactor, bound.socket, self.listener, pool_for(reactor), closed=bound.remove)

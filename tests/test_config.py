@@ -43,6 +43,7 @@ COMPLETE = """
     [relay]
     name = hv-a
     drain-timeout = 12.5
+    progress = 0
     runtime-directory = run
 
     # another one
@@ -116,6 +117,7 @@ class ReadTests(ConfigTestCase):
                 file=str(self.file),
                 name="hv-a",
                 drain_timeout=12.5,
+                progress=0,
                 runtime_directory=self.directory / "run",
                 links=(
                     LinkSection(
@@ -879,6 +881,7 @@ class DocumentationTests(SynchronousTestCase):
         }
         numbers = {
             "drain-timeout": config_sections.DEFAULT_DRAIN_TIMEOUT,
+            "progress": config_sections.DEFAULT_PROGRESS,
             "max-streams": config_sections.DEFAULT_MAX_STREAMS,
             "silence": config_sections.DEFAULT_SILENCE,
             "open-timeout": config_sections.DEFAULT_OPEN_TIMEOUT,

@@ -19,6 +19,7 @@ them for the local socket.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol as Contract
 from typing import cast
 
 from twisted.internet.error import ConnectionDone
@@ -29,10 +30,21 @@ from zope.interface import implementer
 
 from relaymux.errors import ErrorCode
 from relaymux.interfaces import IBufferReceiver
+from relaymux.net.ending import Ending
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.stream import StreamTransport
 
-__all__ = ["Bridge"]
+__all__ = ["Bridge", "Watcher"]
+
+
+class Watcher(Contract):
+    """Sees the bytes of both directions pass by; keeps them at most for the call."""
+
+    def passed_from_local(self, buffers: Sequence[memoryview]) -> None:
+        """The local program has sent C{buffers}."""
+
+    def passed_from_stream(self, buffers: Sequence[memoryview]) -> None:
+        """The program at the other end has sent C{buffers}."""
 
 
 @implementer(IBufferReceiver, IHalfCloseableProtocol, IPushProducer)
@@ -121,29 +133,39 @@ class Bridge:
     @ivar local: the protocol to give to the local connection.
     @ivar sent: bytes read from the local socket.
     @ivar received: bytes that the kernel took for the local socket.
+    @ivar ending: what is known of its end.
+    @ivar watcher: sees the bytes before they go on; L{None} costs nothing.
     """
 
-    def __init__(
-        self, lost: Callable[[Bridge, Failure], None], connected: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, lost: Callable[[Bridge], None], connected: Callable[[], None] = lambda: None) -> None:
         """
         @param connected: called when the local connection is there.
-        @param lost: called once, when neither end is left, with the first error
-            of either: C{ConnectionDone} if all was in order.
+        @param lost: called once, when neither end is left; C{ending} says why.
         """
         self.local = LocalEnd(self)
         self.connected = connected
         self.sent = 0
         self.received = 0
-        self._lost = lost
+        self.ending = Ending()
+        self.watcher: Watcher | None = None
+        self._lost: Callable[[Bridge], None] | None = lost
         self._stream: StreamTransport | None = None
         self._local_open = True
-        self._reason: Failure | None = None
 
     @property
     def is_local_open(self) -> bool:
         """Whether the local connection was not lost yet."""
         return self._local_open
+
+    @property
+    def undelivered(self) -> int:
+        """When it is over, bytes read here that the program at the other end is not known to have taken."""
+        return self._stream.undelivered if self._stream is not None else 0
+
+    @property
+    def untaken(self) -> int:
+        """When it is over, bytes that arrived for the local program and that it did not take."""
+        return self._stream.untaken if self._stream is not None else 0
 
     def join(self, stream: StreamTransport) -> None:
         """Let bytes flow; C{local} is connected."""
@@ -160,7 +182,7 @@ class Bridge:
 
     def refuse(self, reason: Failure) -> None:
         """There will be no stream: close the local connection, as abruptly as the kernel can."""
-        self._ended(reason)
+        self.ending.lost(reason, here=False)
         self.local.transport.abortConnection()
 
     # From the local end.
@@ -169,6 +191,8 @@ class Bridge:
         """Bytes for the peer."""
         assert self._stream is not None
         self.sent += sum(map(len, buffers))
+        if self.watcher is not None:
+            self.watcher.passed_from_local(buffers)
         self._stream.writeBuffers(buffers)
 
     def written_locally(self, count: int) -> None:
@@ -179,6 +203,7 @@ class Bridge:
 
     def local_finished(self) -> None:
         """The local program sends nothing more."""
+        self.ending.finished(here=True)
         if self._stream is not None:
             self._stream.loseWriteConnection()
 
@@ -190,7 +215,7 @@ class Bridge:
     def local_lost(self, reason: Failure) -> None:
         """The local connection is gone."""
         self._local_open = False
-        self._ended(reason)
+        self.ending.lost(reason, here=True)
         stream = self._stream
         if stream is not None and stream.connected:
             if reason.check(ConnectionDone):
@@ -208,10 +233,13 @@ class Bridge:
 
     def from_stream(self, buffers: Sequence[memoryview]) -> None:
         """Bytes for the local program."""
+        if self.watcher is not None:
+            self.watcher.passed_from_stream(buffers)
         self.local.transport.writeBuffers(buffers)
 
     def stream_finished(self) -> None:
         """The peer sends nothing more, and all it sent was written."""
+        self.ending.finished(here=False)
         self.local.transport.loseWriteConnection()
 
     def stream_stopped(self) -> None:
@@ -220,7 +248,7 @@ class Bridge:
 
     def stream_lost(self, reason: Failure) -> None:
         """The stream is over."""
-        self._ended(reason)
+        self.ending.lost(reason, here=False)
         if self._local_open:
             if reason.check(ConnectionDone):
                 self.local.transport.unregisterProducer()
@@ -229,13 +257,9 @@ class Bridge:
                 self.local.transport.abortConnection()
         self._check_over()
 
-    def _ended(self, reason: Failure) -> None:
-        """Note why an end is gone.  What the other one lost afterwards is a loss all the same."""
-        if self._reason is None or self._reason.check(ConnectionDone):
-            self._reason = reason
-
     def _check_over(self) -> None:
         over = self._stream is None or not self._stream.connected
-        if over and not self._local_open and self._reason is not None:
-            lost, self._lost = self._lost, lambda _bridge, _reason: None
-            lost(self, self._reason)
+        lost = self._lost
+        if over and not self._local_open and lost is not None:
+            self._lost = None
+            lost(self)

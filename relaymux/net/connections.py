@@ -5,21 +5,24 @@ The connections of a local socket that are coupled to streams: numbered, bounded
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
+from relaymux.core.nbd import Export
+from relaymux.net.amounts import exact_amount, rate, rough_amount
 from relaymux.net.bridge import Bridge
+from relaymux.net.diskwatch import DiskWatcher
 from relaymux.net.peer import Peer
 from relaymux.net.stream import StreamTransport
 
 __all__ = ["Connection", "Connections", "LocalSocket", "Totals"]
 
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+#: Bytes in one interval below which nothing is said of progress: libvirt's keepalive, and
+#: what it says while a migration runs, stay below.
+PROGRESS_LEAST = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class LocalSocket:
         answer has failed.
     @ivar max_connections: open connections at once.
     @ivar others: sockets to dial when nobody listens at C{path}.
+    @ivar is_nbd: whether disks are what it carries: then their names are read along.
     """
 
     section: str
@@ -42,6 +46,7 @@ class LocalSocket:
     open_timeout: float
     max_connections: int
     others: tuple[str, ...] = ()
+    is_nbd: bool = False
 
 
 @dataclass
@@ -63,16 +68,31 @@ class Totals:
     def __str__(self) -> str:
         return (
             f"{self.opened} connections, {self.failed} failures,"
-            f" {_amount(self.sent)} sent, {_amount(self.received)} received"
+            f" {exact_amount(self.sent)} sent, {exact_amount(self.received)} received"
         )
 
 
 @dataclass
 class Connection:
+    """
+    @ivar number: counts the section's connections, for logs.
+    @ivar began: when it was accepted, or dialled.
+    @ivar request: the stream that it waits for, until it has it.
+    @ivar disk: what it turned out to carry; L{None} while that is not known.
+    @ivar told: when progress was looked at last, and the bytes sent and received by then.
+    """
+
     number: int
     bridge: Bridge
     began: float
-    request: Deferred[StreamTransport] | None = field(default=None)
+    request: Deferred[StreamTransport] | None = None
+    disk: Export | None = None
+    told: tuple[float, int, int] = (0.0, 0, 0)
+
+    def __str__(self) -> str:
+        return (
+            f"connection {self.number} (disk {self.disk.name})" if self.disk else f"connection {self.number}"
+        )
 
 
 class Connections:
@@ -80,8 +100,10 @@ class Connections:
 
     _log = Logger("relaymux.socket")
 
-    def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
+    def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket, *, listens: bool) -> None:
+        """@param listens: whether the local programs dial, as clients do, or are dialled."""
         self.totals = Totals()
+        self._listens = listens
         self._reactor = reactor
         self._peer = peer
         self._local = local
@@ -102,7 +124,8 @@ class Connections:
 
     def _number_one(self, bridge: Bridge) -> Connection:
         self._number += 1
-        connection = Connection(self._number, bridge, self._reactor.seconds())
+        now = self._reactor.seconds()
+        connection = Connection(self._number, bridge, now, told=(now, 0, 0))
         self._open[bridge] = connection
         return connection
 
@@ -117,7 +140,47 @@ class Connections:
             stream=stream.stream_id,
             peer=self._peer.name,
         )
+        if self._local.is_nbd:
+            DiskWatcher(
+                connection.bridge, lambda disk: self._is_disk(connection, disk), client_is_local=self._listens
+            )
         connection.bridge.join(stream)
+
+    def _is_disk(self, connection: Connection, disk: Export) -> None:
+        connection.disk = disk
+        self._log.info(
+            "{section}: connection {number} is disk {disk}, {size}",
+            section=self._local.section,
+            number=connection.number,
+            disk=disk.name,
+            size=exact_amount(disk.size),
+        )
+
+    def tell_progress(self) -> None:
+        """Log what each connection carried since the last call, if it was more than a little."""
+        now = self._reactor.seconds()
+        for connection in self._open.values():
+            bridge = connection.bridge
+            then, sent, received = connection.told
+            connection.told = (now, bridge.sent, bridge.received)
+            moved = bridge.sent - sent + bridge.received - received
+            if moved >= PROGRESS_LEAST:
+                self._log.info(
+                    "{section}: {connection}: {carried}, {rate}",
+                    section=self._local.section,
+                    connection=connection,
+                    carried=self._carried(connection),
+                    rate=rate(moved, now - then),
+                )
+
+    def _carried(self, connection: Connection) -> str:
+        """How far it is, as far as that can be told without looking at what the bytes are."""
+        bridge, disk = connection.bridge, connection.disk
+        if disk is None or not disk.size:
+            return f"{rough_amount(bridge.sent)} sent, {rough_amount(bridge.received)} received"
+        carried = bridge.sent if self._listens else bridge.received
+        share = f"{100 * carried // disk.size} %"
+        return f"{rough_amount(carried)} carried to a disk of {rough_amount(disk.size)} ({share})"
 
     def not_joined(self, connection: Connection, why: str) -> None:
         self._open.pop(connection.bridge, None)
@@ -141,36 +204,40 @@ class Connections:
             path=self._local.path,
         )
 
-    def _over(self, bridge: Bridge, reason: Failure) -> None:
+    def _over(self, bridge: Bridge) -> None:
         connection = self._open.pop(bridge, None)
         if connection is None:
             return  # it was never joined, and that was said
+        ending = bridge.ending
         if connection.request is not None:
             connection.request.cancel()
-            self.not_joined(connection, f"the local program is gone: {reason.getErrorMessage()}")
+            self.not_joined(connection, f"meanwhile {ending}")
             return
         self.totals.sent += bridge.sent
         self.totals.received += bridge.received
-        clean = reason.check(ConnectionDone) is not None
-        if not clean:
+        if not ending.is_clean:
             self.totals.failed += 1
-        (self._log.info if clean else self._log.warn)(
-            "{section}: connection {number} {how}, {sent} sent, {received} received, {seconds:.1f} s; {path}",
+        seconds = self._reactor.seconds() - connection.began
+        (self._log.info if ending.is_clean else self._log.warn)(
+            "{section}: {connection} {ending}, {sent} sent, {received} received,"
+            " {seconds:.1f} s, {rate}; {left}; {path}",
             section=self._local.section,
-            number=connection.number,
-            how="closed" if clean else f"ended as an error: {reason.getErrorMessage()}",
-            sent=_amount(bridge.sent),
-            received=_amount(bridge.received),
-            seconds=self._reactor.seconds() - connection.began,
+            connection=connection,
+            ending=ending,
+            sent=exact_amount(bridge.sent),
+            received=exact_amount(bridge.received),
+            seconds=seconds,
+            rate=rate(bridge.sent + bridge.received, seconds),
+            left=_left_over(bridge),
             path=self._local.path,
         )
 
 
-def _amount(count: float) -> str:
-    """C{"1.5 MiB (1572864 bytes)"}: one to read, one to add up."""
-    exact = f"{count} bytes"
-    unit = 0
-    while count >= 1024 and unit < len(_UNITS) - 1:
-        count /= 1024
-        unit += 1
-    return f"{count:.1f} {_UNITS[unit]} ({exact})" if unit else exact
+def _left_over(bridge: Bridge) -> str:
+    """What relaymux had taken and did not hand over.  What a program leaves unread is its own business."""
+    parts = []
+    if bridge.undelivered:
+        parts.append(f"{bridge.undelivered} bytes are not known to have been delivered at the other end")
+    if bridge.untaken:
+        parts.append(f"{bridge.untaken} bytes were not taken by the program here")
+    return ", ".join(parts) or "relaymux has delivered all it had"

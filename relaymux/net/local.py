@@ -38,7 +38,7 @@ class LocalListener(Factory):
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
         self._peer = peer
         self._local = local
-        self.connections = Connections(reactor, peer, local)
+        self.connections = Connections(reactor, peer, local, listens=True)
 
     @property
     def totals(self) -> Totals:
@@ -76,7 +76,7 @@ class LocalDialer:
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
         self._reactor = reactor
         self._local = local
-        self.connections = Connections(reactor, peer, local)
+        self.connections = Connections(reactor, peer, local, listens=False)
         self._queue: deque[StreamTransport] = deque()  # at most the streams the peer may have
         self._dialling = False
         self._choosing = False

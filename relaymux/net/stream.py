@@ -63,6 +63,9 @@ class StreamTransport:
     @ivar service: the name of the service that was asked for.
     @ivar outgoing: whether this side opened it.
     @ivar connected: whether C{connectionLost} was not called yet.
+    @ivar undelivered: when it is over, bytes written to it that the peer's consumer is
+        not known to have taken.
+    @ivar untaken: when it is over, bytes that arrived and were not consumed here.
     """
 
     _log = Logger("relaymux.link")
@@ -74,6 +77,8 @@ class StreamTransport:
         self.service = service
         self.outgoing = outgoing
         self.connected = True
+        self.undelivered = 0
+        self.untaken = 0
         self._streams = streams
         self._session = streams.session
         self._protocol: IProtocol | None = None
@@ -236,6 +241,7 @@ class StreamTransport:
         if not self.connected:
             return
         known = self.stream_id in self._session.streams
+        self._take_stock()
         events = self._session.abort(self.stream_id, code) if known else []
         # Told first, with this reason: the events may say that all else had ended in order.
         self.ended(reason or Failure(StreamReset(code)))
@@ -328,6 +334,7 @@ class StreamTransport:
         if not self.connected:
             return
         self.connected = False
+        self._take_stock()
         self._ending = reason
         self._inbox.clear()
         self._call(self._producer.stop)
@@ -353,6 +360,13 @@ class StreamTransport:
         self.ended(reason or Failure(ConnectionDone()))
 
     # Inside.
+
+    def _take_stock(self) -> None:
+        """Note what is left over, as long as the session knows the stream."""
+        stream = self._session.streams.get(self.stream_id)
+        if stream is not None:
+            self.undelivered = stream.send.accepted - stream.send.delivered
+            self.untaken = stream.receive.window.received - stream.receive.window.consumed
 
     def _deliver(self) -> None:
         if self._delivering or self._protocol is None:

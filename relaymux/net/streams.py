@@ -201,6 +201,7 @@ class SessionStreams:
 
     def _closed(self, stream: StreamTransport, event: StreamClosed) -> None:
         missing = event.accepted - event.delivered
+        stream.undelivered, stream.untaken = missing, event.received - event.consumed
         if missing:
             text = f"the other end did not take the last {missing} bytes"
             stream.closed(Failure(StreamResetError(ErrorCode.LOCAL_CLOSED, text)))

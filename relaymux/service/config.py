@@ -65,7 +65,7 @@ __all__ = [
     "read_configuration",
 ]
 
-RELAY_KEYS: Final = ("name", "drain-timeout", "runtime-directory")
+RELAY_KEYS: Final = ("name", "drain-timeout", "progress", "runtime-directory")
 LINK_KEYS: Final = (
     "transport",
     "connect",
@@ -91,6 +91,7 @@ _parse_replay_buffer = size_between(64 * KIB, GIB)
 _parse_silence = seconds_between(0.5, 3600)
 # An hour without a link is an incident that somebody looks at.
 _parse_resume_window = seconds_between(0, 3600)
+_parse_progress = seconds_between(0, 3600)
 _parse_drain_timeout = seconds_between(0, 86400)
 
 
@@ -149,6 +150,7 @@ def _read_sections(
         links=tuple(links.values()),
         services=(*services, *(service for vm in vms for service in vm.services)),
         drain_timeout=relay.get("drain-timeout", _parse_drain_timeout, sections.DEFAULT_DRAIN_TIMEOUT),
+        progress=relay.get("progress", _parse_progress, sections.DEFAULT_PROGRESS),
         runtime_directory=relay.get("runtime-directory", partial(parse_directory, directory=directory), None),
         libvirt=libvirt,
         vms=tuple(vms),

@@ -36,6 +36,10 @@ VmPart = Literal["control", "ram", "nbd"]
 #: systemd's default of 90 s turns SIGTERM into SIGKILL.
 DEFAULT_DRAIN_TIMEOUT = 30.0
 
+#: Seconds.  Often enough to see that something moves, in a log that is still readable
+#: after a night of it.
+DEFAULT_PROGRESS = 10.0
+
 _LIMITS = Limits()
 
 #: Bytes.  A stream's rate is at most window / round trip: 4 MiB are 1 Gbit/s at
@@ -267,6 +271,7 @@ class Configuration:
     @ivar services: in the file's order, then those of all C{vms}; may be empty.
     @ivar vms: in the file's order.
     @ivar drain_timeout: seconds that SIGTERM waits for open streams.
+    @ivar progress: seconds between two lines on what moves; 0: none.
     @ivar runtime_directory: a directory that the daemon makes if it is missing,
         as it does those of sockets below it; absolute.
     """
@@ -276,6 +281,7 @@ class Configuration:
     links: tuple[LinkSection, ...]
     services: tuple[ServiceSection, ...] = ()
     drain_timeout: float = DEFAULT_DRAIN_TIMEOUT
+    progress: float = DEFAULT_PROGRESS
     runtime_directory: Path | None = None
     libvirt: LibvirtSection = LibvirtSection()
     vms: tuple[VmSection, ...] = ()

@@ -11,13 +11,14 @@ from typing import Any
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IListeningPort
+from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from relaymux.core.handshake import Limits
 from relaymux.errors import ConfigurationError, RelaymuxError
 from relaymux.net.buffers import pool_for
-from relaymux.net.connections import LocalSocket, Totals
+from relaymux.net.connections import Connections, LocalSocket
 from relaymux.net.dialer import Dialer, LinkPort
 from relaymux.net.disks import BoundSocket, bind_unix, ensure_directory
 from relaymux.net.listen import listen_on
@@ -52,7 +53,9 @@ class RelayService(Service):
         self._dialers: list[Dialer] = []
         self._ports: list[LinkPort] = []
         self._peers: dict[str, Peer] = {}
-        self._totals: list[tuple[str, Totals]] = []
+        self._connections: list[tuple[str, Connections]] = []
+        self._progress = LoopingCall(self._tell_progress)
+        self._progress.clock = reactor
         identity = Identity(configuration.name, os.urandom(16))
         for link in configuration.links:
             self._add_link(link, identity)
@@ -80,6 +83,8 @@ class RelayService(Service):
             port.start().addErrback(self._cannot_start)
         for dialer in self._dialers:
             dialer.start()
+        if self._configuration.progress:
+            self._progress.start(self._configuration.progress, now=False)
         # The reactor sets its own handlers when it starts to run.
         self._reactor.callWhenRunning(self._take_signals)
         self._log.info(
@@ -122,8 +127,10 @@ class RelayService(Service):
             dialer.stop()
         for port in self._ports:
             await port.stop()
-        for section, totals in self._totals:
-            self._log.info("{section}: in all {totals}", section=section, totals=totals)
+        if self._progress.running:
+            self._progress.stop()
+        for section, connections in self._connections:
+            self._log.info("{section}: in all {totals}", section=section, totals=connections.totals)
         if undelivered:
             self.exit_status = EXIT_UNDELIVERED
         log = self._log.error if undelivered else self._log.info
@@ -166,17 +173,18 @@ class RelayService(Service):
             section.open_timeout,
             section.max_connections,
             others=tuple(map(str, section.others)),
+            is_nbd=section.kind == "disk" or section.part == "nbd",
         )
         if section.role == "connect":
             dialer = LocalDialer(self._reactor, peer, local)
             peer.register(section.name, dialer)
-            self._totals.append((section.label, dialer.totals))
+            self._connections.append((section.label, dialer.connections))
             return
         bound = bind_unix(local.path, mode=section.mode, owner=section.owner, group=section.group)
         factory = LocalListener(self._reactor, peer, local)
         port = listen_on(self._reactor, bound.socket, factory, pool_for(self._reactor))
         self._sockets.append((bound, port))
-        self._totals.append((section.label, factory.totals))
+        self._connections.append((section.label, factory.connections))
 
     def _remove_sockets(self) -> None:
         sockets, self._sockets = self._sockets, []
@@ -188,6 +196,10 @@ class RelayService(Service):
                 self._log.warn(
                     "{path}: cannot be removed: {error}; remove it by hand", path=bound.path, error=error
                 )
+
+    def _tell_progress(self) -> None:
+        for _, connections in self._connections:
+            connections.tell_progress()
 
     # Ending
 

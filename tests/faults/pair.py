@@ -162,7 +162,7 @@ DOWN = r"link \S+: down: "
 RESUMED = r"link \S+: resumed after ([\d.]+) s, connection \d+, generation (\d+)"
 OVER = r"session over: .*; (\d+) streams ended with it, (\d+) bytes from here and (\d+) for here not deliv"
 _AMOUNT = r"(?:[\d.]+ \w+ \()?(\d+) bytes\)?"
-CLOSED = rf"connection \d+ (?:closed|ended as an error: .*), {_AMOUNT} sent, {_AMOUNT} received"
+CLOSED = rf"connection \d+ (?:closed by .*|ended as an error: .*), {_AMOUNT} sent, {_AMOUNT} received"
 STOPPED = r"stopped: (\d+) bytes taken from local programs were not delivered, exit status (\d+)"
 
 
