@@ -18,7 +18,7 @@ from relaymux.core.events import (
 )
 from relaymux.core.handshake import Limits
 from relaymux.core.replay import HEAD_ROOM
-from relaymux.core.schedule import BULK_FRAME, SHARED_FRAME
+from relaymux.core.schedule import BULK_FRAME, LITTLE, SHARED_FRAME
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, LocalError
 from tests.wire import (
@@ -331,10 +331,55 @@ class DataTests(SynchronousTestCase):
         said = [(stream_id, len(payload)) for _, stream_id, payload in core.say()]
         self.assertEqual(said, [(one, BULK_FRAME), (one, 1000)])
         core.session.write(one, content(200_000))
-        core.session.write(other, content(100))
+        core.session.write(other, content(LITTLE + 1))
         said = [(stream_id, len(payload)) for _, stream_id, payload in core.say()]
-        self.assertEqual(said[:2], [(one, SHARED_FRAME), (other, 100)])
+        self.assertEqual(said[:2], [(one, SHARED_FRAME), (other, LITTLE + 1)])
         self.assertEqual(sum(size for stream_id, size in said if stream_id == one), 200_000)
+
+    def test_little_goes_first(self) -> None:
+        """A message is not kept waiting by disks, however much they have; nor a large one's beginning."""
+        large = Limits(max_payload=1 << 20, window=1 << 20, replay=1 << 24)
+        core = Core(dialing=True, limits=large).shake(max_payload=1 << 20, window=1 << 20, max_streams=9)
+        disks = [core.opened_here() for _ in range(4)]
+        control = core.opened_here()
+        for disk in disks:
+            core.session.write(disk, content(500_000))
+        self.assertEqual([stream_id for _, stream_id, _ in core.say(limit=1)], disks[:1])
+        core.session.write(control, b"keepalive")
+        core.session.write(control, b"another")
+        said = core.say(limit=SHARED_FRAME + 16)
+        self.assertEqual(said[0], (DATA, control, b"keepaliveanother"))
+        self.assertEqual([stream_id for _, stream_id, _ in said[1:]], disks[1:2])
+        core.session.write(control, content(100))
+        core.session.write(control, content(3 * LITTLE))
+        said = core.say(limit=6 * SHARED_FRAME)
+        self.assertEqual((said[0][1], len(said[0][2])), (control, LITTLE))
+        order = [stream_id for _, stream_id, _ in said[1:]]
+        self.assertEqual(order[:4], [*disks[2:], *disks[:2]])
+        self.assertEqual(
+            order.index(control), 4, "the rest of a long message takes its turn among the others"
+        )
+
+    def test_little_after_credit(self) -> None:
+        """A stream that waited for credit with little in its queue goes first, too."""
+        core = Core(dialing=True).shake(max_payload=1024, window=1024, max_streams=9)
+        control, disk = core.opened_here(), core.opened_here()
+        core.session.write(control, content(1029))
+        core.say()
+        core.hear(frame(CREDIT, disk, u64(1 << 20, 0)))
+        core.session.write(disk, content(100_000))
+        core.hear(frame(CREDIT, control, u64(2048, 1024)))
+        self.assertEqual([stream_id for _, stream_id, _ in core.say(limit=1)], [control])
+
+    def test_limit_of_all(self) -> None:
+        """What is given out at once, which the next urgent frame waits for, exceeds the limit by little."""
+        large = Limits(max_payload=1 << 20, window=1 << 23, replay=1 << 24)
+        core = Core(dialing=True, limits=large).shake(max_payload=1 << 20, window=1 << 23, max_streams=9)
+        disk = core.opened_here()
+        for size in (BULK_FRAME - 1, 300_000, 5_000_000):
+            core.session.write(disk, content(size))
+            while said := core.say(limit=BULK_FRAME):
+                self.assertLessEqual(sum(len(payload) for _, _, payload in said), BULK_FRAME + SHARED_FRAME)
 
     def test_limit(self) -> None:
         """A link that wants little at once gets little, and the rest in the next call."""

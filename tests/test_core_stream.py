@@ -9,7 +9,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.core.replay import FRAME_COST, HEAD_ROOM, ReplayBuffer
-from relaymux.core.schedule import BULK_FRAME, SHARED_FRAME, TurnQueue
+from relaymux.core.schedule import BULK_FRAME, LITTLE, LITTLE_TURNS, SHARED_FRAME, TurnQueue
 from relaymux.core.stream import ReceiveHalf, ReceiveState, SendHalf, SendState, Stream
 from relaymux.core.window import MAX_OFFSET, ReceiveWindow, SendWindow
 from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
@@ -356,41 +356,72 @@ class TurnQueueTests(SynchronousTestCase):
 
     def test_order(self) -> None:
         """First come, first served; waiting twice is no advantage."""
-        turns = TurnQueue()
-        for stream_id in (5, 1, 3, 1, 5):
-            turns.add(stream_id)
-        self.assertEqual(len(turns), 3)
-        self.assertEqual([turns.take() for _ in range(3)], [5, 1, 3])
-        with self.assertRaises(IndexError):
-            turns.take()
+        for queued in (1, LITTLE + 1):
+            turns = TurnQueue()
+            for stream_id in (5, 1, 3, 1, 5):
+                turns.add(stream_id, queued)
+            self.assertEqual(len(turns), 3)
+            self.assertEqual([turns.take() for _ in range(3)], [5, 1, 3])
+            with self.assertRaises(IndexError):
+                turns.take()
 
     def test_turns_go_round(self) -> None:
         """Streams that always have more to send alternate."""
         turns = TurnQueue()
-        turns.add(1)
-        turns.add(3)
+        turns.add(1, LITTLE + 1)
+        turns.add(3, LITTLE + 1)
         order = []
         for _ in range(6):
             order.append(turns.take())
-            turns.add(order[-1])
+            turns.again(order[-1])
         self.assertEqual(order, [1, 3, 1, 3, 1, 3])
+
+    def test_little_first(self) -> None:
+        """Who has little goes before who has much, and only with its first turn."""
+        turns = TurnQueue()
+        for stream_id, queued in ((1, LITTLE + 1), (3, LITTLE), (5, 1 << 20), (7, 0)):
+            turns.add(stream_id, queued)
+        self.assertEqual(turns.take(), 3)
+        self.assertEqual(turns.frame_limit(), LITTLE)
+        turns.again(3)
+        self.assertEqual([turns.take() for _ in range(4)], [7, 1, 5, 3])
+
+    def test_little_is_not_all(self) -> None:
+        """However often somebody comes with little, the others have their turns."""
+        turns = TurnQueue()
+        turns.add(1, LITTLE + 1)
+        turns.add(5, LITTLE + 1)
+        order = []
+        for _ in range(3 * LITTLE_TURNS):
+            turns.add(3, 1)
+            order.append(turns.take())
+            if order[-1] != 3:
+                turns.again(order[-1])
+        self.assertEqual([stream_id for stream_id in order if stream_id != 3], [1, 5])
+        self.assertEqual(order.index(1), LITTLE_TURNS)
 
     def test_discard(self) -> None:
         """A stream that is over loses its place, and may come again."""
-        turns = TurnQueue()
-        turns.add(1)
-        turns.add(3)
-        turns.discard(1)
-        turns.discard(7)
-        self.assertEqual(turns.take(), 3)
-        turns.add(1)
-        self.assertEqual(turns.take(), 1)
+        for queued in (1, LITTLE + 1):
+            turns = TurnQueue()
+            turns.add(1, queued)
+            turns.add(3, queued)
+            turns.discard(1)
+            turns.discard(7)
+            self.assertEqual(len(turns), 1)
+            self.assertEqual(turns.take(), 3)
+            turns.add(1, queued)
+            self.assertEqual(turns.take(), 1)
 
     def test_frame_limit(self) -> None:
         """Frames are long while a stream is alone, short while others wait."""
         turns = TurnQueue()
-        turns.add(1)
+        turns.add(1, LITTLE + 1)
         turns.take()
         self.assertEqual(turns.frame_limit(), BULK_FRAME)
-        turns.add(3)
-        self.assertEqual(turns.frame_limit(), SHARED_FRAME)
+        for queued in (1, LITTLE + 1):
+            turns.add(1, LITTLE + 1)
+            turns.take()
+            turns.add(3, queued)
+            self.assertEqual(turns.frame_limit(), SHARED_FRAME)
+            turns.take()

@@ -388,7 +388,9 @@ class Sessions(RuleBasedStateMachine):
             assert replay.held_bytes <= replay.capacity + HEAD_ROOM
             assert len(session._control) <= 8 * 6 + 1
             assert not session._credit_due.keys() - session.streams.keys()
-            assert set(session._turns._turns) == session._turns._waiting <= session.streams.keys()
+            turns = session._turns
+            assert {*turns._turns, *turns._little} == turns._waiting <= session.streams.keys()
+            assert len(turns._turns) + len(turns._little) == len(turns)
 
     @invariant()
     def credit(self) -> None:

@@ -133,7 +133,7 @@ class Session(Speaker):
         limit, delivered = _unpack(CREDIT, frame)
         stream.send.receive_credit(limit, delivered)
         if stream.send.ready:
-            self._turns.add(frame.stream_id)
+            self._turns.add(frame.stream_id, stream.send.queued)
         return []
 
     def _on_fin(self, frame: Frame) -> list[Event]:

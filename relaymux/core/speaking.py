@@ -27,7 +27,7 @@ from relaymux.core.handshake import (
     encode_coded_text,
 )
 from relaymux.core.replay import ReplayBuffer
-from relaymux.core.schedule import TurnQueue
+from relaymux.core.schedule import SHARED_FRAME, TurnQueue
 from relaymux.core.stream import ReceiveState, SendState, Stream
 from relaymux.errors import ErrorCode, LocalError
 
@@ -147,14 +147,14 @@ class Speaker:
         stream = self._stream(stream_id)
         stream.send.write(data)
         if stream.send.ready:
-            self._turns.add(stream_id)
+            self._turns.add(stream_id, stream.send.queued)
 
     def finish(self, stream_id: int) -> None:
         """Half-close: no more data from this side."""
         stream = self._stream(stream_id)
         stream.send.finish()
         if stream.send.ready:
-            self._turns.add(stream_id)
+            self._turns.add(stream_id, stream.send.queued)
 
     def reset(self, stream_id: int, code: int) -> None:
         """End our direction as an error; what was not sent is dropped."""
@@ -266,7 +266,7 @@ class Speaker:
         """
         Make frames.
 
-        @param limit: stop after about this many bytes; control frames always go.
+        @param limit: stop after so many bytes, or one L{SHARED_FRAME} more; control frames always go.
         @return: buffers to be sent in this order; empty if there is nothing.
         """
         if self._again:
@@ -287,7 +287,8 @@ class Speaker:
             room = self.replay.room - HEADER_BYTES
             if room <= 0:
                 break
-            size += self._send_turn(out, room)
+            # Little more than the limit, as all of it is in front of the next urgent frame.
+            size += self._send_turn(out, min(room, max(SHARED_FRAME, limit - size)))
         return out
 
     def _send_again(self, limit: int) -> list[Buffer]:
@@ -315,7 +316,7 @@ class Speaker:
             send.state = SendState.ENDED
             self._emit(out, encode(Kind.FIN, stream_id, FIN.pack(send.window.sent)))
         elif send.ready:
-            self._turns.add(stream_id)
+            self._turns.again(stream_id)
         return size
 
     # Shared by the above.
