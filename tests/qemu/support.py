@@ -154,6 +154,9 @@ class CopyTestCase(QemuTestCase):
                 await server.wait()
         wrong = [check for check in link_checks(relays, 2 * cuts) if not check.passed]
         self.assertEqual(wrong, [])
+        # Whatever the client is, and on both sides, at least one connection each way.
+        named = f"is disk disk, {self.size_mib}.0 MiB ({self.size_mib * MIB} bytes)"
+        self.assertGreaterEqual(relays.logs(1000).count(named), 4)
         return digest_of(result), relays.statuses
 
     async def cut_often(self, relays: RelayPair, cuts: int, side: str) -> None:
