@@ -153,11 +153,14 @@ def _describe_vm(vm: VmSection, configuration: Configuration) -> list[str]:
     """@return: where its sockets are, and what to tell virsh."""
     libvirt = configuration.libvirt
     limits = vm.services[0]
+    which = "any that has no section, here called NAME: " if vm.is_any else ""
     lines = [
-        f"vm {vm.name}: over link {', or '.join(vm.links)}; "
+        f"vm {vm.name}: {which}over link {', or '.join(vm.links)}; "
         f"at most {limits.max_connections} connections to a socket at once, "
         f"{limits.open_timeout:g} s to open one"
     ]
+    if vm.is_any:
+        vm = vm.called("NAME")
     if vm.arrives:
         paths = vm.paths_to(configuration.name, libvirt)
         lines += [

@@ -171,6 +171,43 @@ class ExpansionTests(VmTestCase):
                 self.assertEqual(self.load(HOST_A).libvirt.qemu_user, expected)
 
 
+class AnyVmTests(VmTestCase):
+    """C{[vm *]}: the same for whichever VM."""
+
+    TEXT = HOST_A.replace("[vm web1]", "[vm *]")
+
+    def test_called(self) -> None:
+        """For a name it means what a section of that name would; by itself it makes nothing."""
+        configuration = self.load(self.TEXT + "mode = 0660\n")
+        self.assertEqual(configuration.services, ())
+        assert configuration.any_vm is not None
+        named = self.load(HOST_A + "mode = 0660\n")
+        self.assertEqual(configuration.any_vm.called("web1"), named.vms[0])
+        self.assertIsNone(named.any_vm)
+        self.assertEqual(configuration.directories_to_make(), named.directories_to_make())
+
+    def test_beside_others(self) -> None:
+        """VMs with a section of their own are that section's business."""
+        configuration = self.load(self.TEXT + "[vm db1]\nlink = hv-b\ndirection = out\n")
+        self.assertEqual({service.vm for service in configuration.services}, {"db1"})
+
+    def test_errors(self) -> None:
+        """Found in it as in any other."""
+        (error,) = self.errors(self.TEXT + "max-connections = 300\n")
+        self.assertIn("[vm *]: max-connections: the link carries fewer streams", error)
+        (error,) = self.errors(HOST_A + "[disk *]\nlink = hv-b\nlisten = x\n")
+        self.assertIn("[disk *]: this is not a name", error)
+
+    def test_state_directory(self) -> None:
+        """It must be readable if it is there, and need not be there before libvirt was started."""
+        text = self.TEXT + "[libvirt]\ndirectory = run\nstate-directory = qemu\n"
+        self.assertEqual(self.check(text), [])
+        (self.directory / "qemu").touch()
+        (error,) = self.check(text)
+        self.assertIn(f"cannot see in {self.directory}/qemu which VMs run", error)
+        self.assertEqual(self.check(text.replace("link = hv-b", "link = hv-b\n    direction = in")), [])
+
+
 class ErrorTests(VmTestCase):
     """What is wrong in a file."""
 

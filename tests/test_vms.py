@@ -13,11 +13,19 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
+from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from relaymux.core.handshake import Limits
+from relaymux.net.peer import Identity, Peer
+from relaymux.service.anyvm import MOST_ARRIVING, AnyVm
+from relaymux.service.config_sections import LibvirtSection, LinkSection, ServiceSection, VmSection
+from relaymux.service.sockets import LocalSockets
 from tests.daemons import PATIENCE, Daemon, read_all
 from tests.test_disks import NOBODY
 
@@ -26,9 +34,7 @@ NBD = "nbd.tunnelmigrate.dest.web1"
 CONTROL = "control.web1"
 
 
-class VmTests(SynchronousTestCase):
-    """A VM goes there and back over the same two daemons."""
-
+class VmTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rmx"))
         self.addCleanup(shutil.rmtree, self.directory)
@@ -36,9 +42,12 @@ class VmTests(SynchronousTestCase):
         self.seed = random.randrange(2**32)
         self.random = random.Random(self.seed)
 
+    #: What the section of a VM is called.
+    SECTION = "vm web1"
+
     def host(self, name: str, peer: str, way: str, *more: str) -> Daemon:
         """Start the daemon of a host, whose libvirt listens already."""
-        (self.directory / name).mkdir(exist_ok=True)
+        (self.directory / name / "qemu").mkdir(parents=True, exist_ok=True)
         self.configure(name, peer, way, *more)
         return self.start(name)
 
@@ -51,11 +60,12 @@ class VmTests(SynchronousTestCase):
                 [libvirt]
                 directory = {name}/vms
                 socket = {name}/libvirt-sock
+                state-directory = {name}/qemu
                 qemu-user = {os.geteuid()}
                 [link {peer}]
                 transport = unix
                 {way} = link.sock
-                [vm web1]
+                [{self.SECTION}]
                 link = {peer}
                 """
             )
@@ -113,6 +123,10 @@ class VmTests(SynchronousTestCase):
             self.assertEqual(read_all(connection), b"")
         return connection
 
+
+class VmTests(VmTestCase):
+    """A VM goes there and back over the same two daemons."""
+
     def test_there_and_back(self) -> None:
         """Three times, without a restart; sockets are where virsh is told, before it is called."""
         a, b = self.up()
@@ -150,7 +164,7 @@ class VmTests(SynchronousTestCase):
 
     def test_one_way(self) -> None:
         """With direction = out the peer reaches nothing here: neither a VM's sockets nor libvirt."""
-        (self.directory / "hv-a").mkdir()
+        (self.directory / "hv-a/qemu").mkdir(parents=True)
         libvirt = self.listen(self.directory / "hv-a/libvirt-sock")
         a = self.host("hv-a", "hv-b", "listen", "direction = out")
         b = self.host("hv-b", "hv-a", "connect")
@@ -170,3 +184,115 @@ class VmTests(SynchronousTestCase):
         a = self.host("hv-a", "hv-c", "listen")
         self.host("hv-b", "hv-a", "connect")
         a.wait_for("the other daemon is called hv-b, and the sockets of [vm] sections will not meet")
+
+
+class AnyVmTests(VmTestCase):
+    """Whichever VM runs on a host has its sockets there, and any may arrive."""
+
+    SECTION = "vm *"
+
+    def runs(self, host: str, name: str) -> Path:
+        """libvirt has started a VM."""
+        file = self.directory / host / "qemu" / f"{name}.xml"
+        file.touch()
+        return file
+
+    def until(self, wanted: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not wanted():
+            self.assertLess(time.monotonic(), deadline, f"waited in vain until {what}")
+            time.sleep(0.02)
+
+    def names(self, host: str, destination: str) -> set[str]:
+        """The sockets of C{host} for VMs that go to C{destination}."""
+        directory = self.directory / host / "vms" / destination
+        return {path.name for path in directory.iterdir() if not path.name.endswith(".lock")}
+
+    def test_comes_and_goes(self) -> None:
+        """A VM that is started has sockets, moves, and comes back; where it does not run it has none."""
+        (self.directory / "hv-a/qemu").mkdir(parents=True)
+        here = self.runs("hv-a", "web1")
+        a, b = self.up()
+        self.assertEqual(self.names("hv-a", "hv-b"), {CONTROL, RAM, NBD})
+        self.assertEqual(self.names("hv-b", "hv-a"), set())
+        for _ in range(2):
+            self.move("hv-a", "hv-b")
+            there = self.runs("hv-b", "web1")
+            here.unlink()
+            self.until(lambda: self.names("hv-b", "hv-a") == {CONTROL, RAM, NBD}, "it could go back")
+            self.until(lambda: not self.names("hv-a", "hv-b"), "its sockets had gone")
+            self.move("hv-b", "hv-a")
+            here = self.runs("hv-a", "web1")
+            there.unlink()
+            self.until(lambda: self.names("hv-a", "hv-b") == {CONTROL, RAM, NBD}, "it could go again")
+        for daemon in (b, a):
+            self.assertEqual(daemon.stop(), 0, daemon.output())
+            self.assertNotIn("Traceback", daemon.output())
+        left = [path for path in self.directory.rglob("vms/*/*") if not path.is_dir()]
+        self.assertEqual(left, [])
+
+    def test_connections_outlive_the_socket(self) -> None:
+        """What moves a VM goes on when it does not run here any more."""
+        (self.directory / "hv-a/qemu").mkdir(parents=True)
+        here = self.runs("hv-a", "web1")
+        self.up()
+        far = self.listen(self.directory / "hv-b/vms/hv-b" / RAM)
+        with socket.socket(socket.AF_UNIX) as near:
+            near.settimeout(PATIENCE)
+            near.connect(str(self.directory / "hv-a/vms/hv-b" / RAM))
+            other, _ = far.accept()
+            with other:
+                here.unlink()
+                self.until(lambda: not self.names("hv-a", "hv-b"), "its sockets had gone")
+                near.sendall(b"the last of it")
+                near.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_all(other), b"the last of it")
+
+    def test_own_section(self) -> None:
+        """A VM with a section of its own has what that section says, and no more."""
+        (self.directory / "hv-a/qemu").mkdir(parents=True)
+        self.runs("hv-a", "web1")
+        self.runs("hv-a", "db1")
+        a = self.host("hv-a", "hv-b", "listen", "[vm db1]", "link = hv-b", "direction = in")
+        b = self.host("hv-b", "hv-a", "connect", "[vm web1]", "link = hv-a", "direction = out")
+        for daemon in (a, b):
+            daemon.wait_for(": up, daemon ")
+        self.assertEqual(self.names("hv-a", "hv-b"), {CONTROL, RAM, NBD})
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(PATIENCE)
+            control.connect(str(self.directory / "hv-a/vms/hv-b" / CONTROL))
+            self.assertEqual(control.recv(1), b"")
+        b.wait_for("the peer asked for web1.control, which no section")
+
+    def test_names_that_cannot_be(self) -> None:
+        """A VM with a name that relaymux cannot take is told of, once; the others have their sockets."""
+        (self.directory / "hv-a/qemu").mkdir(parents=True)
+        for name in ("web 1", "w" * 57, "x" * 56, "web1"):
+            self.runs("hv-a", name)
+        a = self.host("hv-a", "hv-b", "listen")
+        a.wait_for("vm web1: runs here, and may leave over hv-b")
+        self.runs("hv-a", "web2")
+        a.wait_for("vm web2: runs here")
+        self.assertEqual(a.output().count("'web 1' gets no sockets"), 1)
+        self.assertEqual(a.output().count("gets no sockets"), 2)
+
+    def test_many_arrive(self) -> None:
+        """A peer that invents names costs a bounded number of them."""
+        clock = Clock()
+        link = LinkSection("hv-b", "tcp", "listen", ("x",))
+        peer = Peer(clock, "hv-b", Identity("hv-a", bytes(16)), Limits(), dialing=False)
+        sockets = LocalSockets(clock, {"hv-b": peer})
+        services = tuple(
+            ServiceSection("vm", f"*.{part}", link.name, "connect", Path(f"/x/{part}.*"), vm="*", part=part)
+            for part in ("control", "ram", "nbd")
+        )
+        vm = VmSection("*", ("hv-b",), "in", services)
+        any_vm = AnyVm(clock, sockets, vm, LibvirtSection(), frozenset({"db1"}))
+        first = any_vm.find("hv-b", "web0.ram")
+        self.assertIsNotNone(first)
+        self.assertIs(any_vm.find("hv-b", "web0.ram"), first)
+        for number in range(10 * MOST_ARRIVING):
+            self.assertIsNotNone(any_vm.find("hv-b", f"web{number}.ram"))
+            self.assertLessEqual(len(sockets), 3 * MOST_ARRIVING)
+        for name in ("db1.ram", "web1", "web1.other", ".ram"):
+            self.assertIsNone(any_vm.find("hv-b", name), name)

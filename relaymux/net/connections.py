@@ -114,6 +114,11 @@ class Connections:
     def full(self) -> bool:
         return len(self._open) >= self._local.max_connections
 
+    @property
+    def open_count(self) -> int:
+        """Connections that are not over."""
+        return len(self._open)
+
     def add(self) -> Connection:
         return self._number_one(Bridge(self._over))
 

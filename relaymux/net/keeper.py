@@ -13,6 +13,7 @@ a cut stream for a finished one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol as Contract
 
@@ -88,6 +89,7 @@ class SessionKeeper:
     @ivar daemon: the name the other daemon gave itself; empty before the first link.
     @ivar expected_daemon: the name that it should give itself, because paths on both
         hosts contain it; empty if that does not matter.  Another name is logged.
+    @ivar finder: asked for services that nobody has registered, by their names.
     @ivar undelivered: bytes of streams that are over, which were taken from local
         programs and not reported as delivered by the other side, or taken from
         the other side and not by the local program.
@@ -107,6 +109,7 @@ class SessionKeeper:
         self.expected_daemon = ""
         self.undelivered = 0
         self.listener: LinkListener | None = None
+        self.finder: Callable[[str], Service | None] | None = None
         self._reactor = reactor
         self._identity = identity
         self._limits = limits
@@ -289,9 +292,15 @@ class SessionKeeper:
 
     # Sessions
 
+    def _find_service(self, name: str) -> Service | None:
+        service = self._services.get(name)
+        if service is None and self.finder is not None:
+            service = self.finder(name)
+        return service
+
     def _begin_session(self, link: LinkProtocol, remote: Hello, ticket: Ticket) -> None:
         session = Session(dialing=self._dialing, local=self._limits, remote=remote.limits)
-        streams = SessionStreams(session, self.name, self._services, self.flush, self._quiet_log)
+        streams = SessionStreams(session, self.name, self._find_service, self.flush, self._quiet_log)
         window = min(self._limits.resume_window, remote.limits.resume_window)
         held = HeldSession(ticket, remote, streams, link.peer_identity, window)
         self._held = held

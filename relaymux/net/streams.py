@@ -4,7 +4,7 @@ The streams of one session, as transports: who gets which event, who waits for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Protocol as Contract
 
 from twisted.internet.defer import Deferred
@@ -92,11 +92,12 @@ class SessionStreams:
         self,
         session: Session,
         peer_name: str,
-        services: Mapping[str, Service],
+        find_service: Callable[[str], Service | None],
         flush: Callable[[], None],
         quiet_log: QuietLog,
     ) -> None:
         """
+        @param find_service: what serves streams of a name.
         @param flush: sends what was said on the current link.
         @param quiet_log: for what the peer can cause as often as it likes.
         """
@@ -105,7 +106,7 @@ class SessionStreams:
         self.peer_name = peer_name
         self.flush = flush
         self.undelivered = 0
-        self._services = services
+        self._find_service = find_service
         self._streams: dict[int, StreamTransport] = {}
         self._unanswered: dict[int, OpenRequest] = {}  # bounded by the peer's max_streams
 
@@ -175,7 +176,7 @@ class SessionStreams:
             stream.ended(Failure(error))
 
     def _opened(self, event: StreamOpened) -> None:
-        service = self._services.get(event.service)
+        service = self._find_service(event.service)
         if service is None:
             self._quiet_log.warn(
                 event.service,

@@ -148,7 +148,7 @@ def _read_sections(
         file=file,
         name=name,
         links=tuple(links.values()),
-        services=(*services, *(service for vm in vms for service in vm.services)),
+        services=(*services, *(service for vm in vms if not vm.is_any for service in vm.services)),
         drain_timeout=relay.get("drain-timeout", _parse_drain_timeout, sections.DEFAULT_DRAIN_TIMEOUT),
         progress=relay.get("progress", _parse_progress, sections.DEFAULT_PROGRESS),
         runtime_directory=relay.get("runtime-directory", partial(parse_directory, directory=directory), None),
@@ -174,7 +174,8 @@ def _is_usable(section: Section) -> bool:
     try:
         if not section.name:
             raise ConfigurationError("the section has no name", expected=f"[{section.kind} NAME]")
-        parse_name(section.name)
+        if (section.kind, section.name) != ("vm", "*"):
+            parse_name(section.name)
     except ConfigurationError as error:
         section.wrong(error)
         return False

@@ -32,8 +32,10 @@ def find_contradictions(configuration: Configuration) -> list[ConfigurationError
     links = {link.name: link for link in configuration.links}
     problems = [problem for link in configuration.links for problem in _link_contradictions(link)]
     problems += [problem for pair in combinations(configuration.links, 2) for problem in _same_address(*pair)]
+    any_vm = configuration.any_vm
+    services = (*configuration.services, *(any_vm.services if any_vm else ()))
     # One for all sockets that a section has on a link.
-    for service in {(service.section, service.link): service for service in configuration.services}.values():
+    for service in {(service.section, service.link): service for service in services}.values():
         if service.link in links:
             problems += _too_many_connections(service, links[service.link])
     for pair in combinations(configuration.services, 2):
@@ -63,6 +65,8 @@ def check_configuration(configuration: Configuration, reactor: object) -> list[C
             problems += _made_directory_problems(directory, section, key)
     if any(vm.arrives for vm in configuration.vms):
         problems += _arrival_problems(configuration.libvirt, configuration.name)
+    if configuration.any_vm is not None and configuration.any_vm.leaves:
+        problems += _state_problems(configuration.libvirt.state_directory)
     for service in configuration.services:
         if service.role == "listen":
             problems += _socket_problems(service, will_be_made)
@@ -193,6 +197,19 @@ def _arrival_problems(libvirt: LibvirtSection, name: str) -> Iterator[Configurat
             found=str(libvirt.directory),
             expected=f"QEMU's user to own it: chown {libvirt.qemu_user} {directory}; "
             "or the user that libvirt's qemu.conf names as qemu-user",
+        )
+
+
+def _state_problems(directory: Path) -> Iterator[ConfigurationError]:
+    """Whether it can be seen which VMs run.  Before libvirt was started there is no such directory."""
+    if directory.exists() and not (directory.is_dir() and os.access(directory, os.R_OK | os.X_OK)):
+        yield ConfigurationError(
+            f"the user with id {os.geteuid()} cannot see in {directory} which VMs run",
+            section="libvirt",
+            key="state-directory",
+            found=str(directory),
+            expected="the directory in which libvirt has NAME.xml for each of them, and a user who may read "
+            "it; or a [vm NAME] section for each VM in place of [vm *]",
         )
 
 

@@ -6,7 +6,7 @@ of section, with the defaults and where each of them comes from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -86,6 +86,12 @@ DEFAULT_DIRECTORY = Path("/run/libvirt/relaymux")
 #: libvirt's own sockets: that of the modular daemon for QEMU, and that of libvirtd, or of
 #: virtproxyd in its place.
 DEFAULT_LIBVIRT_SOCKETS = (Path("/run/libvirt/virtqemud-sock"), Path("/run/libvirt/libvirt-sock"))
+
+#: Where libvirt notes the VMs that run.
+DEFAULT_STATE_DIRECTORY = Path("/run/libvirt/qemu")
+
+#: On the wire a VM's name has one of these behind it, and a name has 64 characters at most.
+LONGEST_VM_NAME = 64 - len(".control")
 
 #: Whom libvirt runs QEMU as, if it is not told otherwise: Debian and its kin; Fedora, SUSE.
 QEMU_USERS = ("libvirt-qemu", "qemu")
@@ -193,11 +199,13 @@ class LibvirtSection:
     @ivar directory: the one below which their sockets are, in one directory for each
         host that a VM can arrive at, of that host's name; absolute.
     @ivar sockets: where libvirt listens on this host; the first that answers is taken.
+    @ivar state_directory: where libvirt has a file C{NAME.xml} for each VM that runs; absolute.
     @ivar qemu_user: user id that libvirt runs QEMU as; L{None} if it is this daemon's.
     """
 
     directory: Path = DEFAULT_DIRECTORY
     sockets: tuple[Path, ...] = DEFAULT_LIBVIRT_SOCKETS
+    state_directory: Path = DEFAULT_STATE_DIRECTORY
     qemu_user: int | None = None
 
 
@@ -210,7 +218,8 @@ class VmSection:
     path names the host that the VM arrives at: there QEMU makes the socket, and here
     relaymux does.  A VM that goes back uses other paths, and no path ever changes hands.
 
-    @ivar name: the domain's name; C{NAME.control}, C{NAME.ram} and C{NAME.nbd} on the wire.
+    @ivar name: the domain's name, with C{.control}, C{.ram} and C{.nbd} behind it on the
+        wire; or C{"*"} for all that have no section.
     @ivar links: the links it may go over, each with the name of the daemon at its other end.
     @ivar direction: whether the VM may leave over them (C{"out"}), arrive, or both.
     @ivar services: its sockets on this host.
@@ -235,6 +244,24 @@ class VmSection:
             "ram": directory / f"ram.tunnelmigrate.dest.{self.name}",
             "nbd": directory / f"nbd.tunnelmigrate.dest.{self.name}",
         }
+
+    @property
+    def is_any(self) -> bool:
+        """Whether this stands for all VMs that have no section."""
+        return self.name == "*"
+
+    def called(self, name: str) -> VmSection:
+        """@return: what this section, which C{is_any}, means for the VM C{name}."""
+        services = [
+            replace(
+                service,
+                name=f"{name}.{service.part}",
+                vm=name,
+                path=service.path.with_name(service.path.name.replace("*", name)),
+            )
+            for service in self.services
+        ]
+        return replace(self, name=name, services=tuple(services))
 
     @property
     def leaves(self) -> bool:
@@ -268,7 +295,7 @@ class Configuration:
     @ivar file: the file's name as the operator gave it, for messages.
     @ivar name: the daemon's name, told to its peers.
     @ivar links: at least one, in the file's order.
-    @ivar services: in the file's order, then those of all C{vms}; may be empty.
+    @ivar services: in the file's order, then those of all C{vms} with a name; may be empty.
     @ivar vms: in the file's order.
     @ivar drain_timeout: seconds that SIGTERM waits for open streams.
     @ivar progress: seconds between two lines on what moves; 0: none.
@@ -285,6 +312,11 @@ class Configuration:
     runtime_directory: Path | None = None
     libvirt: LibvirtSection = LibvirtSection()
     vms: tuple[VmSection, ...] = ()
+
+    @property
+    def any_vm(self) -> VmSection | None:
+        """The section C{[vm *]}."""
+        return next((vm for vm in self.vms if vm.is_any), None)
 
     def directories_to_make(self) -> tuple[DirectoryToMake, ...]:
         """

@@ -51,13 +51,10 @@ __all__ = [
 
 _SOCKET_KEYS: Final = ("mode", "owner", "group")
 SERVICE_KEYS: Final = ("link", "listen", "connect", *_SOCKET_KEYS, "open-timeout", "max-connections")
-LIBVIRT_KEYS: Final = ("directory", "socket", "qemu-user")
+LIBVIRT_KEYS: Final = ("directory", "socket", "state-directory", "qemu-user")
 VM_KEYS: Final = ("link", "direction", *_SOCKET_KEYS, "open-timeout", "max-connections")
 
 _DIRECTIONS: Final[dict[str, Direction]] = {"both": "both", "in": "in", "out": "out"}
-
-#: On the wire a VM's name has this behind it, and a name has 64 characters at most.
-_LONGEST_VM_NAME = 64 - len(".control")
 
 # More than any host gives a process in file descriptors.
 parse_count = count_between(1, 65536)
@@ -93,6 +90,11 @@ def read_libvirt(section: Section | None, directory: Path) -> LibvirtSection:
             "directory", partial(parse_directory, directory=directory), sections.DEFAULT_DIRECTORY
         ),
         sockets=sections.DEFAULT_LIBVIRT_SOCKETS if socket is None else (socket,),
+        state_directory=section.get(
+            "state-directory",
+            partial(parse_directory, directory=directory),
+            sections.DEFAULT_STATE_DIRECTORY,
+        ),
         qemu_user=section.get("qemu-user", parse_owner, _usual_qemu_user()),
     )
 
@@ -106,11 +108,11 @@ def read_vm(
     @param name: this daemon's.
     """
     section.refuse_unknown(VM_KEYS, "a [vm] section")
-    if len(section.name) > _LONGEST_VM_NAME:
+    if len(section.name) > sections.LONGEST_VM_NAME:
         section.wrong(
             ConfigurationError(
                 f"the name has {len(section.name)} characters",
-                expected=f"a VM's name of at most {_LONGEST_VM_NAME}, since more is added to it",
+                expected=f"a VM's name of at most {sections.LONGEST_VM_NAME}, since more is added to it",
             )
         )
     vm = VmSection(

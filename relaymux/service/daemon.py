@@ -6,25 +6,23 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from relaymux.core.handshake import Limits
 from relaymux.errors import ConfigurationError, RelaymuxError
-from relaymux.net.buffers import pool_for
-from relaymux.net.connections import Connections, LocalSocket
 from relaymux.net.dialer import Dialer, LinkPort
-from relaymux.net.disks import BoundSocket, bind_unix, ensure_directory
-from relaymux.net.listen import listen_on
-from relaymux.net.local import LocalDialer, LocalListener
+from relaymux.net.disks import ensure_directory
 from relaymux.net.peer import Identity, Peer
-from relaymux.service.config_sections import Configuration, LinkSection, ServiceSection
+from relaymux.service.anyvm import AnyVm
+from relaymux.service.config_sections import Configuration, LinkSection
+from relaymux.service.sockets import LocalSockets
 from relaymux.transports.registry import find_transport
 
 __all__ = ["EXIT_UNDELIVERED", "RelayService"]
@@ -49,16 +47,16 @@ class RelayService(Service):
         self._reactor = reactor
         self._configuration = configuration
         self._drain: Deferred[None] | None = None
-        self._sockets: list[tuple[BoundSocket, IListeningPort]] = []
         self._dialers: list[Dialer] = []
         self._ports: list[LinkPort] = []
         self._peers: dict[str, Peer] = {}
-        self._connections: list[tuple[str, Connections]] = []
-        self._progress = LoopingCall(self._tell_progress)
+        self._sockets = LocalSockets(reactor, self._peers)
+        self._progress = LoopingCall(self._sockets.tell_progress)
         self._progress.clock = reactor
         identity = Identity(configuration.name, os.urandom(16))
         for link in configuration.links:
             self._add_link(link, identity)
+        self._any_vm = self._serve_any_vm()
 
     def startService(self) -> None:
         """
@@ -71,13 +69,15 @@ class RelayService(Service):
                 ensure_directory(str(directory.path), directory.mode, directory.owner)
             for section in self._configuration.services:
                 try:
-                    self._add_service(section)
+                    self._sockets.serve(section)
                 except ConfigurationError as error:
                     key = "" if section.vm else "listen"
                     raise error.within(self._configuration.file, section.section, key) from None
         except RelaymuxError:
-            self._remove_sockets()
+            self._sockets.close()
             raise
+        if self._any_vm is not None:
+            self._any_vm.start()
         super().startService()
         for port in self._ports:
             port.start().addErrback(self._cannot_start)
@@ -91,7 +91,7 @@ class RelayService(Service):
             "relaymux {name} started: {links} links, {services} sockets, from {file}",
             name=self._configuration.name,
             links=len(self._peers),
-            services=len(self._configuration.services),
+            services=len(self._sockets),
             file=self._configuration.file,
         )
 
@@ -119,7 +119,9 @@ class RelayService(Service):
             streams=streams,
             seconds=seconds,
         )
-        self._remove_sockets()
+        if self._any_vm is not None:
+            self._any_vm.stop()
+        self._sockets.close()
         drains = [peer.drain(seconds) for peer in self._peers.values()]
         # A link that is lost meanwhile is dialled, or listened for, until the end.
         undelivered = sum([await drain for drain in drains])
@@ -129,8 +131,7 @@ class RelayService(Service):
             await port.stop()
         if self._progress.running:
             self._progress.stop()
-        for section, connections in self._connections:
-            self._log.info("{section}: in all {totals}", section=section, totals=connections.totals)
+        self._sockets.tell_totals()
         if undelivered:
             self.exit_status = EXIT_UNDELIVERED
         log = self._log.error if undelivered else self._log.info
@@ -164,42 +165,16 @@ class RelayService(Service):
             self._ports.append(LinkPort(peer, ports))
         self._peers[section.name] = peer
 
-    def _add_service(self, section: ServiceSection) -> None:
-        peer = self._peers[section.link]
-        local = LocalSocket(
-            section.label,
-            section.name,
-            str(section.path),
-            section.open_timeout,
-            section.max_connections,
-            others=tuple(map(str, section.others)),
-            is_nbd=section.kind == "disk" or section.part == "nbd",
-        )
-        if section.role == "connect":
-            dialer = LocalDialer(self._reactor, peer, local)
-            peer.register(section.name, dialer)
-            self._connections.append((section.label, dialer.connections))
-            return
-        bound = bind_unix(local.path, mode=section.mode, owner=section.owner, group=section.group)
-        factory = LocalListener(self._reactor, peer, local)
-        port = listen_on(self._reactor, bound.socket, factory, pool_for(self._reactor))
-        self._sockets.append((bound, port))
-        self._connections.append((section.label, factory.connections))
-
-    def _remove_sockets(self) -> None:
-        sockets, self._sockets = self._sockets, []
-        for bound, port in sockets:
-            port.stopListening()
-            try:
-                bound.remove()
-            except OSError as error:
-                self._log.warn(
-                    "{path}: cannot be removed: {error}; remove it by hand", path=bound.path, error=error
-                )
-
-    def _tell_progress(self) -> None:
-        for _, connections in self._connections:
-            connections.tell_progress()
+    def _serve_any_vm(self) -> AnyVm | None:
+        configuration = self._configuration
+        vm = configuration.any_vm
+        if vm is None:
+            return None
+        own = frozenset(other.name for other in configuration.vms)
+        any_vm = AnyVm(self._reactor, self._sockets, vm, configuration.libvirt, own)
+        for link in vm.links:
+            self._peers[link].finder = partial(any_vm.find, link)
+        return any_vm
 
     # Ending
 
