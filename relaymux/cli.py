@@ -8,11 +8,12 @@ wrong to standard error, one line each.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from relaymux import __version__
+from relaymux import __version__, status
 from relaymux.certificates import make_certificates
 from relaymux.errors import ConfigurationError
 from relaymux.service.config import (
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "check":
         return _check(options.file)
+    if options.command == "status":
+        return _status(options.place, as_json=options.json)
     if options.command == "fault-proxy":
         from twisted.internet import reactor
 
@@ -65,6 +68,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 if the daemon would start with it, else 1.",
     )
     check.add_argument("file", metavar="FILE", help="the file, such as etc/relay.ini")
+    telling = commands.add_parser(
+        "status",
+        help="show what a running daemon carries: links, disks, bytes, rates",
+        description=(
+            "Asks a daemon, at the socket that its configuration names with status = PATH in [relay], and "
+            "shows its links and what is open through its sockets. Run it as the daemon's user, or as root."
+        ),
+        epilog="Exit status: 0, or 1 if the daemon does not answer.",
+    )
+    telling.add_argument("place", metavar="FILE", type=Path, help="its configuration, or its status socket")
+    telling.add_argument("--json", action="store_true", help="the daemon's answer as it is; no rates")
     certificates = commands.add_parser(
         "make-certificates",
         help="make a certificate authority and host certificates for trying out",
@@ -99,6 +113,28 @@ def _check(file: str) -> int:
         print(f"{file}: {len(problems)} error{'s' * (len(problems) > 1)}", file=sys.stderr)
         return 1
     print(f"{file}: no errors found")
+    return 0
+
+
+def _status(place: Path, *, as_json: bool) -> int:
+    try:
+        path = status.status_socket(place)
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
+        if as_json:
+            print(json.dumps(status.ask(path), indent=2))
+        else:
+            for line in status.show(path):
+                print(line)
+    except OSError as error:
+        problem = f"{path}: {error.strerror or error}; is the daemon running, as this user?"
+        print(f"error: no answer from {problem}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {path}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -123,6 +123,34 @@ class CheckTests(CommandTestCase):
         )
         self.assertEqual([path.name for path in directory.iterdir()], ["relay.ini"])
 
+    def test_vm(self) -> None:
+        """What virsh has to be told can be copied; for any VM with a place for its name."""
+        text = GOOD.replace("[disk vda]", "[libvirt]\ndirectory = vms\n[vm web1]\nlink = hv-b\n[disk vda]")
+        run = f"{self.directory}/vms"
+        status, output, errors = self.check(text)
+        self.assertEqual((status, errors), (0, []))
+        start = output.index(
+            "vm web1: over link hv-b; at most 64 connections to a socket at once, 10 s to open one"
+        )
+        self.assertEqual(
+            output[start + 1 : -1],
+            [
+                f"  may arrive here: its QEMU makes {run}/hv-a/ram.tunnelmigrate.dest.web1 and "
+                f"{run}/hv-a/nbd.tunnelmigrate.dest.web1;",
+                "  the peer's libvirt is connected to /run/libvirt/virtqemud-sock, or to "
+                "/run/libvirt/libvirt-sock",
+                f"  may leave: makes {run}/hv-b/control.web1, {run}/hv-b/ram.tunnelmigrate.dest.web1, "
+                f"{run}/hv-b/nbd.tunnelmigrate.dest.web1 (mode 0600); this moves it to hv-b:",
+                "    virsh migrate --live --p2p --copy-storage-all --migrate-disks DISK,DISK web1 \\",
+                f"      --desturi 'qemu+unix:///system?socket={run}/hv-b/control.web1' \\",
+                f"      --migrateuri unix://{run}/hv-b/ram.tunnelmigrate.dest.web1 \\",
+                f"      --disks-uri unix://{run}/hv-b/nbd.tunnelmigrate.dest.web1",
+            ],
+        )
+        _, output, _ = self.check(text.replace("[vm web1]", "[vm *]"))
+        self.assertIn("vm *: any that has no section, here called NAME: over link hv-b", "\n".join(output))
+        self.assertIn(f"      --disks-uri unix://{run}/hv-b/nbd.tunnelmigrate.dest.NAME", output)
+
     def test_wrong_file(self) -> None:
         """All errors are shown, and nothing of what cannot be understood."""
         status, output, errors = self.check(GOOD.replace("= 0660", "= rw").replace("= 64", "= none"))

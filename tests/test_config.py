@@ -44,6 +44,7 @@ COMPLETE = """
     name = hv-a
     drain-timeout = 12.5
     progress = 0
+    status = run/status.sock
     runtime-directory = run
 
     # another one
@@ -118,6 +119,7 @@ class ReadTests(ConfigTestCase):
                 name="hv-a",
                 drain_timeout=12.5,
                 progress=0,
+                status=self.directory / "run/status.sock",
                 runtime_directory=self.directory / "run",
                 links=(
                     LinkSection(
@@ -796,6 +798,17 @@ class CheckTests(ConfigTestCase):
         with mock.patch("os.access", return_value=False):
             (error,) = self.check(text.format("run"))
         self.assertIn("may not make a directory in", error)
+
+    def test_status_socket(self) -> None:
+        """It needs a place as others do, which may be one that the daemon makes, and is not theirs."""
+        text = SMALLEST.replace("name = a", "name = a\n    status = {}")
+        (error,) = self.check(text.format("x/status.sock"))
+        self.assertIn(f"[relay]: status: the directory {self.directory}/x does not exist", error)
+        run = "run/status.sock\n    runtime-directory = run"
+        self.assertEqual(self.check(text.format(run)), [])
+        self.file.write_text(dedent(text.format("d.sock") + "[disk d]\nlink = b\nlisten = d.sock\n"))
+        _, (problem,) = read_configuration(self.file)
+        self.assertIn("[relay]: status: [disk d] has the same socket", str(problem))
 
     def test_giving_sockets_away(self) -> None:
         """Only root gives files to others, and groups are one's own."""

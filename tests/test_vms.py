@@ -77,6 +77,12 @@ class VmTestCase(SynchronousTestCase):
         self.addCleanup(daemon.kill)
         return daemon
 
+    def until(self, wanted: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not wanted():
+            self.assertLess(time.monotonic(), deadline, f"waited in vain until {what}")
+            time.sleep(0.02)
+
     def up(self) -> tuple[Daemon, Daemon]:
         a, b = self.host("hv-a", "hv-b", "listen"), self.host("hv-b", "hv-a", "connect")
         for daemon in (a, b):
@@ -196,12 +202,6 @@ class AnyVmTests(VmTestCase):
         file = self.directory / host / "qemu" / f"{name}.xml"
         file.touch()
         return file
-
-    def until(self, wanted: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not wanted():
-            self.assertLess(time.monotonic(), deadline, f"waited in vain until {what}")
-            time.sleep(0.02)
 
     def names(self, host: str, destination: str) -> set[str]:
         """The sockets of C{host} for VMs that go to C{destination}."""

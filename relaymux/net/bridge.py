@@ -158,6 +158,11 @@ class Bridge:
         return self._local_open
 
     @property
+    def is_joined(self) -> bool:
+        """Whether there is a stream."""
+        return self._stream is not None
+
+    @property
     def undelivered(self) -> int:
         """When it is over, bytes read here that the program at the other end is not known to have taken."""
         return self._stream.undelivered if self._stream is not None else 0

@@ -115,6 +115,11 @@ class Connections:
         return len(self._open) >= self._local.max_connections
 
     @property
+    def open_connections(self) -> tuple[Connection, ...]:
+        """Those that are not over, oldest first."""
+        return tuple(self._open.values())
+
+    @property
     def open_count(self) -> int:
         """Connections that are not over."""
         return len(self._open)

@@ -153,6 +153,11 @@ class SessionKeeper:
         return Link(local=self._limits, now=now, hello=hello)
 
     @property
+    def held(self) -> HeldSession | None:
+        """The session, with a link or without."""
+        return self._held
+
+    @property
     def is_up(self) -> bool:
         """Whether there is a link whose handshake is done."""
         return self._link is not None

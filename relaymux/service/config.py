@@ -42,6 +42,7 @@ from relaymux.service.config_values import (
     parse_addresses,
     parse_directory,
     parse_name,
+    parse_socket_path,
     seconds_between,
     size_between,
     suggestion,
@@ -65,7 +66,7 @@ __all__ = [
     "read_configuration",
 ]
 
-RELAY_KEYS: Final = ("name", "drain-timeout", "progress", "runtime-directory")
+RELAY_KEYS: Final = ("name", "drain-timeout", "progress", "status", "runtime-directory")
 LINK_KEYS: Final = (
     "transport",
     "connect",
@@ -151,6 +152,7 @@ def _read_sections(
         services=(*services, *(service for vm in vms if not vm.is_any for service in vm.services)),
         drain_timeout=relay.get("drain-timeout", _parse_drain_timeout, sections.DEFAULT_DRAIN_TIMEOUT),
         progress=relay.get("progress", _parse_progress, sections.DEFAULT_PROGRESS),
+        status=relay.get("status", partial(parse_socket_path, directory=directory), None),
         runtime_directory=relay.get("runtime-directory", partial(parse_directory, directory=directory), None),
         libvirt=libvirt,
         vms=tuple(vms),

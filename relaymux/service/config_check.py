@@ -32,6 +32,7 @@ def find_contradictions(configuration: Configuration) -> list[ConfigurationError
     links = {link.name: link for link in configuration.links}
     problems = [problem for link in configuration.links for problem in _link_contradictions(link)]
     problems += [problem for pair in combinations(configuration.links, 2) for problem in _same_address(*pair)]
+    problems += _status_taken(configuration)
     any_vm = configuration.any_vm
     services = (*configuration.services, *(any_vm.services if any_vm else ()))
     # One for all sockets that a section has on a link.
@@ -67,6 +68,8 @@ def check_configuration(configuration: Configuration, reactor: object) -> list[C
         problems += _arrival_problems(configuration.libvirt, configuration.name)
     if configuration.any_vm is not None and configuration.any_vm.leaves:
         problems += _state_problems(configuration.libvirt.state_directory)
+    if configuration.status is not None:
+        problems += _place_problems(configuration.status, "relay", "status", will_be_made)
     for service in configuration.services:
         if service.role == "listen":
             problems += _socket_problems(service, will_be_made)
@@ -139,6 +142,18 @@ def _same_path(first: ServiceSection, second: ServiceSection) -> Iterator[Config
             found=str(second.path),
             expected="the path of QEMU's socket after connect, and a path of relaymux's own after listen",
         )
+
+
+def _status_taken(configuration: Configuration) -> Iterator[ConfigurationError]:
+    for service in configuration.services:
+        if service.path == configuration.status:
+            yield ConfigurationError(
+                f"[{service.section}] has the same socket",
+                section="relay",
+                key="status",
+                found=str(service.path),
+                expected="a path of its own",
+            )
 
 
 def _path_key(service: ServiceSection) -> str:
@@ -214,8 +229,16 @@ def _state_problems(directory: Path) -> Iterator[ConfigurationError]:
 
 
 def _socket_problems(service: ServiceSection, will_be_made: Container[Path]) -> Iterator[ConfigurationError]:
+    yield from _place_problems(service.path, service.section, _path_key(service), will_be_made)
+    yield from _ownership_problems(service)
+
+
+def _place_problems(
+    path: Path, section: str, key: str, will_be_made: Container[Path]
+) -> Iterator[ConfigurationError]:
+    """Whether a socket can be made at C{path}."""
     problem = expected = ""
-    directory = service.path.parent
+    directory = path.parent
     if not os.path.lexists(directory):
         if directory not in will_be_made:
             problem = f"the directory {directory} does not exist"
@@ -231,7 +254,7 @@ def _socket_problems(service: ServiceSection, will_be_made: Container[Path]) -> 
     elif not os.access(directory, os.W_OK | os.X_OK):
         problem = f"the user with id {os.geteuid()} may not make files in {directory}"
         expected = "a directory that belongs to the daemon's user"
-    elif os.path.lexists(service.path) and not stat.S_ISSOCK(os.lstat(service.path).st_mode):
+    elif os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         problem, expected = (
             "something that is not a socket is there",
             "nothing, or a socket that relaymux left",
@@ -239,12 +262,11 @@ def _socket_problems(service: ServiceSection, will_be_made: Container[Path]) -> 
     if problem:
         yield ConfigurationError(
             problem,
-            section=service.section,
-            key=_path_key(service),
-            found=str(service.path),
+            section=section,
+            key=key,
+            found=str(path),
             expected=expected,
         )
-    yield from _ownership_problems(service)
 
 
 def _anyone_may_replace_files(directory: Path) -> bool:

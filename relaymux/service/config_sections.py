@@ -299,6 +299,7 @@ class Configuration:
     @ivar vms: in the file's order.
     @ivar drain_timeout: seconds that SIGTERM waits for open streams.
     @ivar progress: seconds between two lines on what moves; 0: none.
+    @ivar status: the socket at which the daemon tells its state; absolute.
     @ivar runtime_directory: a directory that the daemon makes if it is missing,
         as it does those of sockets below it; absolute.
     """
@@ -309,6 +310,7 @@ class Configuration:
     services: tuple[ServiceSection, ...] = ()
     drain_timeout: float = DEFAULT_DRAIN_TIMEOUT
     progress: float = DEFAULT_PROGRESS
+    status: Path | None = None
     runtime_directory: Path | None = None
     libvirt: LibvirtSection = LibvirtSection()
     vms: tuple[VmSection, ...] = ()
@@ -331,9 +333,10 @@ class Configuration:
         if self.runtime_directory is None:
             return []
         found = {self.runtime_directory}
-        for service in self.services:
-            if service.role == "listen" and self.runtime_directory in service.path.parents:
-                below = service.path.parent.relative_to(self.runtime_directory)
+        made = [service.path for service in self.services if service.role == "listen"]
+        for path in (*made, *([self.status] if self.status else [])):
+            if self.runtime_directory in path.parents:
+                below = path.parent.relative_to(self.runtime_directory)
                 found.update(self.runtime_directory / part for part in (below, *below.parents))
         return sorted(found)
 

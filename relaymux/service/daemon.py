@@ -23,6 +23,7 @@ from relaymux.net.peer import Identity, Peer
 from relaymux.service.anyvm import AnyVm
 from relaymux.service.config_sections import Configuration, LinkSection
 from relaymux.service.sockets import LocalSockets
+from relaymux.service.status import StatusSocket, describe_daemon
 from relaymux.transports.registry import find_transport
 
 __all__ = ["EXIT_UNDELIVERED", "RelayService"]
@@ -51,6 +52,7 @@ class RelayService(Service):
         self._ports: list[LinkPort] = []
         self._peers: dict[str, Peer] = {}
         self._sockets = LocalSockets(reactor, self._peers)
+        self._status: StatusSocket | None = None
         self._progress = LoopingCall(self._sockets.tell_progress)
         self._progress.clock = reactor
         identity = Identity(configuration.name, os.urandom(16))
@@ -73,6 +75,7 @@ class RelayService(Service):
                 except ConfigurationError as error:
                     key = "" if section.vm else "listen"
                     raise error.within(self._configuration.file, section.section, key) from None
+            self._serve_status()
         except RelaymuxError:
             self._sockets.close()
             raise
@@ -132,6 +135,7 @@ class RelayService(Service):
         if self._progress.running:
             self._progress.stop()
         self._sockets.tell_totals()
+        self._close_status()
         if undelivered:
             self.exit_status = EXIT_UNDELIVERED
         log = self._log.error if undelivered else self._log.info
@@ -164,6 +168,25 @@ class RelayService(Service):
             ports = [(s.address, transport.server(self._reactor, s)) for s in settings]
             self._ports.append(LinkPort(peer, ports))
         self._peers[section.name] = peer
+
+    def _serve_status(self) -> None:
+        path, began = self._configuration.status, self._reactor.seconds()
+        if path is None:
+            return
+
+        def describe() -> dict[str, Any]:
+            now = self._reactor.seconds()
+            return describe_daemon(self._configuration, self._peers, self._sockets, now, began)
+
+        try:
+            self._status = StatusSocket(self._reactor, path, describe)
+        except ConfigurationError as error:
+            raise error.within(self._configuration.file, "relay", "status") from None
+
+    def _close_status(self) -> None:
+        status, self._status = self._status, None
+        if status is not None:
+            status.close()
 
     def _serve_any_vm(self) -> AnyVm | None:
         configuration = self._configuration
@@ -199,6 +222,7 @@ class RelayService(Service):
         if self._drain is not None:
             self._log.warn("{name} again: not waiting any longer", name=name)
             self.exit_status = self.exit_status or EXIT_UNDELIVERED
+            self._close_status()
             self._stop_reactor()
             return
         self._log.info("{name}", name=name)

@@ -97,15 +97,20 @@ class LocalSockets:
 
     def tell_progress(self) -> None:
         """Log what moves."""
-        for served in (*self._served, *self._leaving):
+        for served in self.served:
             served.connections.tell_progress()
 
     def tell_totals(self) -> None:
         """Log what there was in all."""
-        for served in (*self._served, *self._leaving):
+        for served in self.served:
             self._log.info(
                 "{section}: in all {totals}", section=served.section.label, totals=served.connections.totals
             )
+
+    @property
+    def served(self) -> tuple[Served, ...]:
+        """All that is served, and what was withdrawn and has connections."""
+        return (*self._served, *(served for served in self._leaving if served.connections.open_count))
 
     def __len__(self) -> int:
         return len(self._served)
