@@ -63,12 +63,15 @@ class BridgeTestCase(SocketTestCase):
         far_open_timeout: float | None = None,
         far_max_connections: int = 64,
         is_nbd: bool = False,
+        others: tuple[str, ...] = (),
     ) -> None:
         """Offer the program's socket at the far end, and listen for it at the near one."""
         options = (far_open_timeout or open_timeout, far_max_connections)
         if listen:
             self.program = self.far_socket(backlog)
-        local = LocalSocket(f"stream {service}", service, self.far_path, *options, is_nbd=is_nbd)
+        local = LocalSocket(
+            f"stream {service}", service, self.far_path, *options, is_nbd=is_nbd, others=others
+        )
         self.dialer = LocalDialer(reactor, self.far, local)
         self.far.register(service, self.dialer)
         options = (open_timeout, max_connections)

@@ -121,6 +121,39 @@ class ProgressTests(BridgeTestCase):
         self.assertEqual(await self.read(far, len(data)), data)
 
 
+class OtherSocketTests(BridgeTestCase):
+    """A program that may be found at one of several sockets."""
+
+    async def test_first_that_answers(self) -> None:
+        """No socket, one that is left over, one that is served: the last is taken, and named in the log."""
+        left_over, served = f"{self.path}/left-over", f"{self.path}/served"
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(left_over)
+        self.serve(listen=False, others=(left_over, served))
+        self.far_path = served
+        self.program = self.far_socket()
+        near, far = await self.pair()
+        await self.exchange([(near, far, stamped(100_000, 1)), (far, near, stamped(100_000, 2))])
+        near.close()
+        far.close()
+        await self.until(lambda: len(self.lines("closed by", f"; {served}")) == 1, "it was told")
+        self.assertEqual(len(self.lines("connection 1 open", f", {served}, ")), 1)
+
+    async def test_none(self) -> None:
+        """All are named in the log here, and no path travels to the peer."""
+        others = (f"{self.path}/b", f"{self.path}/c")
+        self.serve(listen=False, others=others)
+        near = self.connect()
+        self.assertEqual(await self.ended(near), b"")
+        await self.until(lambda: len(self.lines("connection 1 failed")) == 2, "both sides have told")
+        [here] = self.lines("connection 1 failed", "link to-near")
+        for path in (self.far_path, *others):
+            self.assertIn(f"{path}: there is no such socket", here)
+        [there] = self.lines("connection 1 failed", "link to-far")
+        self.assertIn("its socket: there is no such socket", there)
+        self.assertNotIn(self.path, there.replace(self.near_path, ""))
+
+
 class EndTests(BridgeTestCase):
     """Whose decision an end was, and what it left."""
 

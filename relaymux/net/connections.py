@@ -78,6 +78,7 @@ class Connection:
     @ivar number: counts the section's connections, for logs.
     @ivar began: when it was accepted, or dialled.
     @ivar request: the stream that it waits for, until it has it.
+    @ivar path: the socket that it came to, or that was dialled.
     @ivar disk: what it turned out to carry; L{None} while that is not known.
     @ivar told: when progress was looked at last, and the bytes sent and received by then.
     """
@@ -85,6 +86,7 @@ class Connection:
     number: int
     bridge: Bridge
     began: float
+    path: str
     request: Deferred[StreamTransport] | None = None
     disk: Export | None = None
     told: tuple[float, int, int] = (0.0, 0, 0)
@@ -135,7 +137,7 @@ class Connections:
     def _number_one(self, bridge: Bridge) -> Connection:
         self._number += 1
         now = self._reactor.seconds()
-        connection = Connection(self._number, bridge, now, told=(now, 0, 0))
+        connection = Connection(self._number, bridge, now, self._local.path, told=(now, 0, 0))
         self._open[bridge] = connection
         return connection
 
@@ -146,7 +148,7 @@ class Connections:
             "{section}: connection {number} open, {path}, stream {stream} of link {peer}",
             section=self._local.section,
             number=connection.number,
-            path=self._local.path,
+            path=connection.path,
             stream=stream.stream_id,
             peer=self._peer.name,
         )
@@ -239,7 +241,7 @@ class Connections:
             seconds=seconds,
             rate=rate(bridge.sent + bridge.received, seconds),
             left=_left_over(bridge),
-            path=self._local.path,
+            path=connection.path,
         )
 
 

@@ -20,6 +20,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from relaymux.errors import ErrorCode
+from relaymux.net.addresses import describe
 from relaymux.net.bridge import LocalEnd
 from relaymux.net.buffers import pool_for
 from relaymux.net.connect import connect_unix
@@ -129,6 +130,7 @@ class LocalDialer:
 
     def _dialled(self, _: IProtocol, connection: Connection, stream: StreamTransport) -> None:
         stream.accept()
+        connection.path = describe(connection.bridge.local.transport.getPeer())
         self.connections.joined(connection, stream)
         self._dialling = False
         self._next()
