@@ -26,7 +26,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import bulk, latency
+from benchmarks import bulk, latency, stall
 from benchmarks.contenders import CONTENDERS, DEFAULT_TOOLS, LINKS, Plan
 from benchmarks.processes import BenchmarkError, Unavailable
 from benchmarks.results import Metric, Result, Target, judge
@@ -56,9 +56,14 @@ class Row:
 ROWS: Mapping[str, Row] = {
     "bulk": Row("1. Bulk", bulk.run, bulk.METRICS, bulk.TARGETS, 2.0, 0.6),
     "latency": Row("2. Latency", latency.run, latency.METRICS, latency.TARGETS, 1.5, 0.4),
+    "stall": Row("3. A reader that stalls", stall.run, stall.METRICS, stall.TARGETS, 5.0),
 }
 
-_QUICK = {"rows": ("bulk", "latency"), "tools": ("socat", "haproxy", "ssh", "relaymux"), "links": ("tcp", "tls")}
+_QUICK = {
+    "rows": ("bulk", "latency"),
+    "tools": ("socat", "haproxy", "ssh", "relaymux"),
+    "links": ("tcp", "tls"),
+}
 
 
 def measure(rows: Sequence[str], plan: Plan, seconds: Mapping[str, float]) -> list[Result]:
@@ -79,12 +84,16 @@ def measure(rows: Sequence[str], plan: Plan, seconds: Mapping[str, float]) -> li
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
-    parser.add_argument("--row", choices=list(ROWS), action="append", help="only this one; may be given again")
+    parser.add_argument(
+        "--row", choices=list(ROWS), action="append", help="only this one; may be given again"
+    )
     parser.add_argument("--tool", choices=list(CONTENDERS), action="append", help="only this one, likewise")
     parser.add_argument("--link", choices=LINKS, action="append", help="only this one, likewise")
     parser.add_argument("--rounds", type=int, help="how often each has its turn (default: 5; 3 with --quick)")
     parser.add_argument("--seconds", type=float, help="how long each run sends (default: as each row needs)")
-    parser.add_argument("--quick", action="store_true", help="the rows and tools for everyday, below two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="the rows and tools for everyday, below two minutes"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all runs and ratios here")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     return parser
@@ -112,7 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load, began = os.getloadavg()[0], time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="rmx-") as directory,
-        Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as progress,
+        Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        ) as progress,
     ):
         task = progress.add_task("starting", total=None)
         plan = Plan(
@@ -156,7 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {
             "machine": machine,
             "results": [asdict(result) for result in results],
-            "verdicts": [asdict(verdict) | {"ratio": verdict.ratio, "met": verdict.met} for verdict in verdicts],
+            "verdicts": [
+                asdict(verdict) | {"ratio": verdict.ratio, "met": verdict.met} for verdict in verdicts
+            ],
             "notes": plan.notes,
         }
         given.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from benchmarks.contenders import Plan, started, take_turns
 from benchmarks.generators import compiler
+from benchmarks.processes import BenchmarkError
 from benchmarks.relays import Relays
 from benchmarks.results import PLAIN, Metric, Result, Target
 from benchmarks.streams import Stream, combine
@@ -48,6 +49,8 @@ def measure(relays: Relays, seconds: float, streams: int = 1, duplex: bool = Fal
         daemons' processor time in seconds per 10⁹ bytes.
     @raise BenchmarkError: something was lost, or it does not end.
     """
+    if len(relays.paths) < streams:
+        raise BenchmarkError(f"it carries no more than {len(relays.paths)} stream")
     options = ["--seconds", seconds, *(["--duplex"] if duplex else [])]
     before = relays.usage()
     with ExitStack() as stack:

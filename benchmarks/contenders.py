@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,17 @@ from benchmarks.processes import BenchmarkError, Unavailable
 from benchmarks.relays import Relays
 from benchmarks.results import OURS, Result
 
-__all__ = ["CONTENDERS", "DEFAULT_TOOLS", "LINKS", "NO_RELAY", "Contender", "Plan", "Start", "started", "take_turns"]
+__all__ = [
+    "CONTENDERS",
+    "DEFAULT_TOOLS",
+    "LINKS",
+    "NO_RELAY",
+    "Contender",
+    "Plan",
+    "Start",
+    "started",
+    "take_turns",
+]
 
 LINKS = ("tcp", "unix", "tls")
 
@@ -106,6 +116,7 @@ def started(
             own = (options or {}).get(tool, {})
             try:
                 relay = stack.enter_context(CONTENDERS[tool].start(place, link, streams, **own))
+                relay = replace(relay, idle=relay.memory().proportional)
                 relay.prove()
             except Unavailable as missing:
                 plan.note(f"{tool}: not measured, since this machine has no {missing}")

@@ -56,7 +56,11 @@ def ask(role: str, path: Path, seconds: float, size: int = 1) -> Mapping[str, fl
     """
     command = [str(program("latency")), role, str(path), "--seconds", str(seconds), "--size", str(size)]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         output, errors = process.communicate(timeout=seconds + 30)

@@ -42,11 +42,13 @@ class Relays:
     @ivar paths: for each stream the UNIX socket to connect to, and the one to listen on.
     @ivar near: the processes on the source's side whose cost counts.
     @ivar far: those on the destination's side.
+    @ivar idle: bytes of memory that all of them had when they had just started.
     """
 
     paths: tuple[tuple[Path, Path], ...]
     near: tuple[Daemon, ...] = ()
     far: tuple[Daemon, ...] = ()
+    idle: int = 0
 
     @property
     def daemons(self) -> tuple[Daemon, ...]:
@@ -61,13 +63,12 @@ class Relays:
         near, far = ([daemon.usage() for daemon in side] for side in (self.near, self.far))
         return sum(near, Usage()), sum(far, Usage())
 
-    def memory(self) -> tuple[Memory, Memory]:
+    def memory(self) -> Memory:
         """
-        @return: what the source's side has in memory, and the destination's.
+        @return: what all of them together have in memory now.
         @raise BenchmarkError: a daemon has ended.
         """
-        near, far = ([daemon.memory() for daemon in side] for side in (self.near, self.far))
-        return sum(near, Memory()), sum(far, Memory())
+        return sum((daemon.memory() for daemon in self.daemons), Memory())
 
     def prove(self, proof_bytes: int = PROOF_BYTES) -> None:
         """
@@ -91,18 +92,22 @@ def make_paths(directory: Path, streams: int) -> tuple[tuple[Path, Path], ...]:
     return tuple((directory / f"in{number}", directory / f"out{number}") for number in range(streams))
 
 
-def direct(directory: Path, streams: int = 1) -> Relays:
+@contextmanager
+def direct(directory: Path, link: str = "-", streams: int = 1) -> Iterator[Relays]:
     """No relay: what the sources and the sinks can do."""
     paths = (directory / f"direct{number}" for number in range(streams))
-    return Relays(tuple((path, path) for path in paths))
+    yield Relays(tuple((path, path) for path in paths))
 
 
 @contextmanager
-def plain_twisted(directory: Path, transport: str, forward: bool = False) -> Iterator[Relays]:
+def plain_twisted(
+    directory: Path, transport: str, streams: int = 1, forward: bool = False
+) -> Iterator[Relays]:
     """
     L{benchmarks.baseline_twisted}.
 
     @param transport: C{"tcp"} or C{"tls"}.
+    @param streams: it has only one, however many are asked for.
     @param forward: do not multiplex.
     """
     port = free_port()

@@ -10,6 +10,9 @@ __all__ = ["OURS", "PLAIN", "Metric", "Result", "Target", "Verdict", "judge", "r
 
 OURS = "relaymux"
 
+#: The tools that a user would pick instead.
+PEERS = ("ssh", "stunnel", "haproxy", "socat")
+
 #: Links that do not encrypt.
 PLAIN = ("tcp", "unix")
 
@@ -138,13 +141,9 @@ def ratios(results: Sequence[Result], target: Target, link: str) -> list[tuple[f
             found.append((value, OURS))
             continue
         rivals = [
-            (r.values[target.metric], r.tool)
-            for r in results
-            if r.row == target.row
-            and target.metric in r.values
-            and r.round == ours.round
-            and r.case == (target.yardstick or target.case)
-            and _is_rival(r, target, link)
+            (result.values[target.metric], result.tool)
+            for result in _rivals(results, target, link)
+            if result.round == ours.round and target.metric in result.values
         ]
         if rivals:
             yardstick, rival = best(rivals)
@@ -152,12 +151,10 @@ def ratios(results: Sequence[Result], target: Target, link: str) -> list[tuple[f
     return found
 
 
-def _is_rival(result: Result, target: Target, link: str) -> bool:
-    if target.against is not None:
-        # What has no link of its own (no relay at all) or only an encrypted one compares with all.
-        return result.tool == target.against and result.link in (link, "-", "tls")
-    return result.tool in PEERS and result.link == link
-
-
-#: The tools that a user would pick instead.
-PEERS = ("ssh", "stunnel", "haproxy", "socat")
+def _rivals(results: Sequence[Result], target: Target, link: str) -> list[Result]:
+    case = target.yardstick or target.case
+    tools = PEERS if target.against is None else (target.against,)
+    found = [r for r in results if (r.row, r.case) == (target.row, case) and r.tool in tools]
+    same = [result for result in found if result.link == link]
+    # A tool that is named, and has no such link, is compared as it is: ssh always encrypts.
+    return same if same or target.against is None else found

@@ -23,33 +23,36 @@ def results_table(title: str, results: Sequence[Result], metrics: Sequence[Metri
     for metric in present:
         shown.add_column(metric.title, justify="right")
     groups: dict[tuple[str, str, str], list[Mapping[str, float]]] = {}
-    for result in sorted(results, key=_case_order(results)):
+    cases = list(dict.fromkeys(result.case for result in results))
+    for result in sorted(results, key=lambda result: cases.index(result.case)):
         groups.setdefault((result.case, result.link, result.tool), []).append(result.values)
     keys = list(groups)
     for place, (case, link, tool) in enumerate(keys):
         same = groups[case, link, tool]
-        cells = [_spread([values[metric.name] for values in same if metric.name in values], metric) for metric in present]
+        cells = [
+            _spread([values[metric.name] for values in same if metric.name in values], metric)
+            for metric in present
+        ]
         last = place + 1 == len(keys) or keys[place + 1][:2] != (case, link)
         style = "bold" if tool == OURS else None
         shown.add_row(case, link, tool, *cells, end_section=last, style=style)
     return shown
 
 
-def _case_order(results: Sequence[Result]):  # type: ignore[no-untyped-def]
-    cases = list(dict.fromkeys(result.case for result in results))
-    return lambda result: cases.index(result.case)
-
-
 def _spread(values: Sequence[float], metric: Metric) -> str:
     if not values:
         return "-"
-    low, middle, high = (f"{value * metric.scale:.{metric.digits}f}" for value in (min(values), median(values), max(values)))
+    low, middle, high = (
+        f"{value * metric.scale:.{metric.digits}f}" for value in (min(values), median(values), max(values))
+    )
     return middle if low == high else f"{middle} ({low}-{high})"
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     """@return: what relaymux has to reach, and whether it does."""
-    shown = Table(title="relaymux beside the best of the others, round by round", box=SIMPLE_HEAD, title_justify="left")
+    shown = Table(
+        title="relaymux beside the best of the others, round by round", box=SIMPLE_HEAD, title_justify="left"
+    )
     for column in ("row", "case", "link", "what", "compared with"):
         shown.add_column(column)
     for column in ("ratio", "wanted"):
@@ -64,7 +67,9 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
             target.case,
             verdict.link,
             target.metric,
-            "-" if target.absolute else ", ".join(rivals) + (f" ({target.yardstick})" if target.yardstick else ""),
+            "-"
+            if target.absolute
+            else ", ".join(rivals) + (f" ({target.yardstick})" if target.yardstick else ""),
             f"{verdict.ratio:.2f} ({low:.2f}-{high:.2f})",
             f"{'at most' if target.at_most is not None else 'at least'} {target.limit:g}",
             "[green]met[/]" if verdict.met else "[red]missed[/]",

@@ -25,7 +25,7 @@ _FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 
 def compiler() -> str | None:
-    """@return: the path of the C compiler: C{$CC}, or what is called cc, gcc or clang; None if there is none."""
+    """@return: path of the C compiler, C{$CC} or what is called cc, gcc or clang; None if there is none."""
     names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     return next(filter(None, (shutil.which(name) for name in names if name)), None)
 
@@ -54,7 +54,9 @@ def program(name: str) -> Path:
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
                 said = result.stderr.strip()
-                raise Unavailable(f"a C compiler that works (Debian: gcc and libc6-dev); {found} says: {said}")
+                raise Unavailable(
+                    f"a C compiler that works (Debian: gcc and libc6-dev); {found} says: {said}"
+                )
             fresh.rename(made)
     return made
 
