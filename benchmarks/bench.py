@@ -26,7 +26,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import bulk, latency, stall
+from benchmarks import bulk, connections, latency, pipes, stall
 from benchmarks.contenders import CONTENDERS, DEFAULT_TOOLS, LINKS, Plan
 from benchmarks.processes import BenchmarkError, Unavailable
 from benchmarks.results import Metric, Result, Target, judge
@@ -57,6 +57,8 @@ ROWS: Mapping[str, Row] = {
     "bulk": Row("1. Bulk", bulk.run, bulk.METRICS, bulk.TARGETS, 2.0, 0.6),
     "latency": Row("2. Latency", latency.run, latency.METRICS, latency.TARGETS, 1.5, 0.4),
     "stall": Row("3. A reader that stalls", stall.run, stall.METRICS, stall.TARGETS, 5.0),
+    "pipes": Row("4. Long pipes", pipes.run, pipes.METRICS, pipes.TARGETS, 8.0),
+    "connections": Row("5. Connections", connections.run, connections.METRICS, connections.TARGETS, 2.0),
 }
 
 _QUICK = {
@@ -129,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             transient=True,
         ) as progress,
     ):
+        # For an sshd that is not root's.
+        Path(directory).chmod(0o711)
         task = progress.add_task("starting", total=None)
         plan = Plan(
             Path(directory),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import peers, relays
 from benchmarks.processes import BenchmarkError, Unavailable
-from benchmarks.relays import Relays
+from benchmarks.relays import PROOF_BYTES, Relays
 from benchmarks.results import OURS, Result
 
 __all__ = [
@@ -22,8 +22,10 @@ __all__ = [
     "Contender",
     "Plan",
     "Start",
+    "Turn",
     "started",
     "take_turns",
+    "turns",
 ]
 
 LINKS = ("tcp", "unix", "tls")
@@ -64,7 +66,8 @@ class Plan:
     """
     How to measure.
 
-    @ivar directory: private and empty; the rows make directories in it.
+    @ivar directory: empty; the rows make directories in it.  Other users can
+        pass through it, and not look into what is there.
     @ivar tools: names from L{CONTENDERS}, in the order in which they take turns.
     @ivar rounds: how often each has its turn.
     @ivar seconds: how long each run sends.
@@ -97,12 +100,16 @@ class Plan:
 
 @contextmanager
 def started(
-    plan: Plan, streams: int, options: Mapping[str, Mapping[str, object]] | None = None
+    plan: Plan,
+    streams: int,
+    options: Mapping[str, Mapping[str, object]] | None = None,
+    proof_bytes: int = PROOF_BYTES,
 ) -> Iterator[dict[tuple[str, str], Relays]]:
     """
     Run all contenders, and prove that each carries content unharmed.
 
     @param options: by the contender's name, further arguments of its C{start}.
+    @param proof_bytes: what each of them carries first.
     @return: by link and name, in the order in which they take turns; without those that are not installed.
     @raise BenchmarkError: relaymux does not start, or harms content.
     """
@@ -117,7 +124,7 @@ def started(
             try:
                 relay = stack.enter_context(CONTENDERS[tool].start(place, link, streams, **own))
                 relay = replace(relay, idle=relay.memory().proportional)
-                relay.prove()
+                relay.prove(proof_bytes)
             except Unavailable as missing:
                 plan.note(f"{tool}: not measured, since this machine has no {missing}")
             except BenchmarkError as error:
@@ -129,28 +136,50 @@ def started(
         yield found
 
 
-def take_turns(
-    plan: Plan,
-    row: str,
-    found: Mapping[tuple[str, str], Relays],
-    cases: Mapping[str, Callable[[Relays], Mapping[str, float]]],
-) -> list[Result]:
+@dataclass(frozen=True)
+class Turn:
     """
-    Measure: in each round each case, and in each case one contender after the other.
+    One run of a round.
 
+    @ivar case: what the result is for, and so on.
+    @ivar measure: does it; may raise L{BenchmarkError}.
+    """
+
+    case: str
+    link: str
+    tool: str
+    measure: Callable[[], Mapping[str, float]]
+
+
+def turns(
+    found: Mapping[tuple[str, str], Relays], cases: Mapping[str, Callable[[Relays], Mapping[str, float]]]
+) -> list[Turn]:
+    """@return: for each case one contender after the other, so that those compared stand side by side."""
+    return [
+        Turn(case, link, tool, partial(measure, relays))
+        for case, measure in cases.items()
+        for (link, tool), relays in found.items()
+    ]
+
+
+def take_turns(plan: Plan, row: str, order: Sequence[Turn]) -> list[Result]:
+    """
+    Measure, round after round.
+
+    @param order: of each round.
     @raise BenchmarkError: relaymux fails; what happens to others becomes a note.
     """
     results = []
     for number in range(plan.rounds):
-        for case, measure in cases.items():
-            for (link, tool), relay in found.items():
-                plan.step(f"{case}, round {number + 1} of {plan.rounds}: {tool} over {link}")
-                try:
-                    values = measure(relay)
-                except BenchmarkError as error:
-                    if tool == OURS:
-                        raise
-                    plan.note(f"{tool} over {link}, {case}: a run failed: {error}")
-                else:
-                    results.append(Result(row, case, link, tool, number, values))
+        for turn in order:
+            where = f"{turn.tool} over {turn.link}, {turn.case}"
+            plan.step(f"{row}, round {number + 1} of {plan.rounds}: {where}")
+            try:
+                values = turn.measure()
+            except BenchmarkError as error:
+                if turn.tool == OURS:
+                    raise
+                plan.note(f"{row}, {where}: a run failed: {error}")
+            else:
+                results.append(Result(row, turn.case, turn.link, turn.tool, number, values))
     return results

@@ -36,7 +36,8 @@ def ssh(directory: Path, link: str, streams: int = 1, through: Through = nullcon
     C{ssh -N -L SOCKET:SOCKET ...} and an sshd with keys and a configuration of its own.
 
     Run by root, sshd works as the user nobody, since root's own sshd would want
-    more of the system than a benchmark should touch.
+    more of the system than a benchmark should touch.  It must be able to pass
+    through the directories above C{directory}.
 
     @param link: only C{"tls"}: ssh always encrypts.
     @param through: see L{Through}.
@@ -52,7 +53,6 @@ def ssh(directory: Path, link: str, streams: int = 1, through: Through = nullcon
     if user is not None:
         for path in (directory, directory / "host"):
             os.chown(path, user, user)
-        directory.parent.chmod(0o711)
     (directory / "known_hosts").write_text(f"relay {(directory / 'host.pub').read_text()}")
     (directory / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{listening}\n"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 
-from benchmarks.contenders import LINKS, Plan, started, take_turns
+from benchmarks.contenders import LINKS, Plan, Turn, started, take_turns
 from benchmarks.processes import BenchmarkError
 from benchmarks.relays import Relays
 from benchmarks.results import OURS, Metric, Result, Target
@@ -86,10 +87,12 @@ def measure(relays: Relays, seconds: float, stalled: bool) -> Mapping[str, float
 
 def run(plan: Plan) -> list[Result]:
     """Measure all contenders."""
-    cases = {
-        case: lambda relays, stalled=case == BESIDE: measure(relays, plan.seconds, stalled)
-        for case in (ALONE, BESIDE)
-    }
     sizes = {"window": f"{WINDOW // MIB}M", "replay-buffer": f"{REPLAY // MIB}M"}
     with started(plan, STREAMS, {OURS: {"link_options": sizes}}) as found:
-        return take_turns(plan, "stall", found, cases)
+        order = [
+            # Both cases of one contender side by side, since they are compared with each other.
+            Turn(case, link, tool, partial(measure, relays, plan.seconds, case == BESIDE))
+            for (link, tool), relays in found.items()
+            for case in (ALONE, BESIDE)
+        ]
+        return take_turns(plan, "stall", order)

@@ -23,8 +23,8 @@ def results_table(title: str, results: Sequence[Result], metrics: Sequence[Metri
     for metric in present:
         shown.add_column(metric.title, justify="right")
     groups: dict[tuple[str, str, str], list[Mapping[str, float]]] = {}
-    cases = list(dict.fromkeys(result.case for result in results))
-    for result in sorted(results, key=lambda result: cases.index(result.case)):
+    cases, links = (list(dict.fromkeys(getattr(r, field) for r in results)) for field in ("case", "link"))
+    for result in sorted(results, key=lambda result: (cases.index(result.case), links.index(result.link))):
         groups.setdefault((result.case, result.link, result.tool), []).append(result.values)
     keys = list(groups)
     for place, (case, link, tool) in enumerate(keys):

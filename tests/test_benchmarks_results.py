@@ -17,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from benchmarks import accounting
 from benchmarks.accounting import Memory, Usage, memory, tree, usage
-from benchmarks.contenders import CONTENDERS, Contender, Plan, started, take_turns
+from benchmarks.contenders import CONTENDERS, Contender, Plan, started, take_turns, turns
 from benchmarks.processes import BenchmarkError, Unavailable, running
 from benchmarks.relays import Relays, direct
 from benchmarks.results import OURS, Metric, Result, Target, judge
@@ -241,17 +241,17 @@ class PlanTests(SynchronousTestCase):
 
     def test_turns(self) -> None:
         """In each round one after the other."""
-        turns: list[str] = []
+        taken: list[str] = []
         found = {("tcp", name): Relays(((Path(name), Path(name)),)) for name in "ab"}
 
         def measure(relays: Relays) -> dict[str, float]:
-            turns.append(relays.paths[0][0].name)
-            return {"cpu": len(turns)}
+            taken.append(relays.paths[0][0].name)
+            return {"cpu": len(taken)}
 
-        taken = take_turns(self.plan("a", "b"), "bulk", found, {"one": measure})
-        self.assertEqual(turns, ["a", "b", "a", "b"])
+        found_out = take_turns(self.plan("a", "b"), "bulk", turns(found, {"one": measure}))
+        self.assertEqual(taken, ["a", "b", "a", "b"])
         self.assertEqual(
-            [(r.tool, r.round, r.values["cpu"]) for r in taken],
+            [(r.tool, r.round, r.values["cpu"]) for r in found_out],
             [*zip("abab", (0, 0, 1, 1), (1, 2, 3, 4), strict=True)],
         )
 
@@ -280,8 +280,7 @@ class PlanTests(SynchronousTestCase):
             raise BenchmarkError("bytes were lost")
 
         plan = self.plan()
-        self.assertEqual(take_turns(plan, "bulk", {("tcp", "ssh"): Relays(())}, {"one": measure}), [])
+        ssh, ours = (turns({("tcp", tool): Relays(())}, {"one": measure}) for tool in ("ssh", OURS))
+        self.assertEqual(take_turns(plan, "bulk", ssh), [])
         self.assertIn("bytes were lost", plan.notes[0])
-        self.assertRaises(
-            BenchmarkError, take_turns, plan, "bulk", {("tcp", OURS): Relays(())}, {"one": measure}
-        )
+        self.assertRaises(BenchmarkError, take_turns, plan, "bulk", ours)
