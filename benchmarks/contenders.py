@@ -48,7 +48,7 @@ class Contender:
 
 CONTENDERS: Mapping[str, Contender] = {
     NO_RELAY: Contender(("-",), relays.direct),
-    "socat": Contender(("tcp", "unix"), peers.socat),
+    "socat": Contender(("tcp",), peers.socat),
     "haproxy": Contender(("tcp", "unix", "tls"), peers.haproxy),
     "stunnel": Contender(("tls",), peers.stunnel),
     "ssh": Contender(("tls",), peers.ssh),

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from benchmarks.processes import BenchmarkError, free_port, running, wait_for_port, wait_for_socket
+from benchmarks.processes import free_port, running, wait_for_port, wait_for_socket
 from benchmarks.relays import Relays, Through, make_paths
 from benchmarks.tools import find
 from relaymux.certificates import make_certificates
@@ -175,29 +175,19 @@ def socat(directory: Path, link: str, streams: int = 1) -> Iterator[Relays]:
     """
     A pair of socats for each stream, with the largest buffer that helps; it forks for each connection.
 
-    @param link: C{"tcp"} or C{"unix"}.
+    @param link: only C{"tcp"}.  Between UNIX sockets on all sides it comes to a
+        standstill when both directions are full: it waits for each write.
     """
     paths = make_paths(directory, streams)
     near, far = [], []
+    command = [find("socat"), "-b", "262144"]
     with ExitStack() as stack:
         for number, (entry, exit) in enumerate(paths):
-            if link == "unix":
-                place = directory / f"link{number}"
-                left, right = f"UNIX-LISTEN:{place},fork", f"UNIX-CONNECT:{place}"
-            elif link == "tcp":
-                free = free_port()
-                left = f"TCP-LISTEN:{free},bind=127.0.0.1,reuseaddr,nodelay,fork"
-                right = f"TCP:127.0.0.1:{free},nodelay"
-            else:
-                raise BenchmarkError(f"no socat over {link}")
-            command = [find("socat"), "-b", "262144"]
-            exits = [*command, left, f"UNIX-CONNECT:{exit}"]
-            far.append(stack.enter_context(running(f"destination{number}", exits, directory)))
-            if link == "unix":
-                wait_for_socket(place, far[-1])
-            else:
-                wait_for_port(free, far[-1])
-            entries = [*command, f"UNIX-LISTEN:{entry},fork,backlog=1024", right]
-            near.append(stack.enter_context(running(f"source{number}", entries, directory)))
+            port = free_port()
+            exits = [f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr,nodelay,fork", f"UNIX-CONNECT:{exit}"]
+            far.append(stack.enter_context(running(f"destination{number}", [*command, *exits], directory)))
+            wait_for_port(port, far[-1])
+            entries = [f"UNIX-LISTEN:{entry},fork,backlog=1024", f"TCP:127.0.0.1:{port},nodelay"]
+            near.append(stack.enter_context(running(f"source{number}", [*command, *entries], directory)))
             wait_for_socket(entry, near[-1])
         yield Relays(paths, tuple(near), tuple(far))

@@ -161,8 +161,7 @@ def relaymux(
         for number, (entry, exit) in enumerate(paths):
             lines += [f"[stream {number}]", f"link = {peer}"]
             lines += [f"listen = {entry}" if role == "source" else f"connect = {exit}"]
-            if role == "source":
-                lines += [f"{key} = {value}" for key, value in (stream_options or {}).items()]
+            lines += [f"{key} = {value}" for key, value in (stream_options or {}).items()]
         config = directory / f"{role}.ini"
         config.write_text("\n".join(lines) + "\n")
         return [str(_TWISTD), "--nodaemon", "--pidfile=", "relaymux", "--config", str(config)]
