@@ -26,7 +26,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import bulk, connections, latency, pipes, stall
+from benchmarks import bulk, connections, latency, nbd, pipes, stall
 from benchmarks.contenders import CONTENDERS, DEFAULT_TOOLS, LINKS, Plan
 from benchmarks.processes import BenchmarkError, Unavailable
 from benchmarks.results import Metric, Result, Target, judge
@@ -41,7 +41,8 @@ class Row:
     One thing that is measured.
 
     @ivar run: does it; may raise L{Unavailable}.
-    @ivar seconds: how long each of its runs sends, if nothing else is asked for.
+    @ivar seconds: how long each of its runs sends, if nothing else is asked for;
+        0 where that is not a matter of time.
     @ivar quick_seconds: the same with C{--quick}.
     """
 
@@ -59,6 +60,7 @@ ROWS: Mapping[str, Row] = {
     "stall": Row("3. A reader that stalls", stall.run, stall.METRICS, stall.TARGETS, 5.0),
     "pipes": Row("4. Long pipes", pipes.run, pipes.METRICS, pipes.TARGETS, 8.0),
     "connections": Row("5. Connections", connections.run, connections.METRICS, connections.TARGETS, 2.0),
+    "nbd": Row("6. NBD", nbd.run, nbd.METRICS, (), 0.0),
 }
 
 _QUICK = {
