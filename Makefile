@@ -2,7 +2,7 @@
 # make test-faults  the long tests of lost links, and planted bugs
 # make demo     a real live migration through the relay, on this machine
 # make lint     ruff and mypy alone
-# make bench    what relaymux costs beside ssh, stunnel, haproxy and socat; about half an hour
+# make bench    what relaymux costs beside ssh, stunnel, haproxy and socat; about forty minutes
 # make bench-quick  the most important of it, in less than two minutes
 # make venv     the virtualenv alone
 # make clean    removes what these made, the virtualenv too; .cache, with a QEMU that was
