@@ -110,7 +110,7 @@ class Sessions(RuleBasedStateMachine):
         return session
 
     def flush(self, side: int, limit: int) -> None:
-        self.pipes[side].extend(join(self.links[side].data_to_send(limit)))
+        self.pipes[side].extend(join(self.links[side].data_to_send(limit, self.now)))
         if self.links[side].session is not None:
             self.session(side).take_drained()
 
@@ -356,7 +356,7 @@ class Sessions(RuleBasedStateMachine):
     def resuming(self, side: int) -> Link:
         """A link whose handshake is all but done."""
         link = Link(local=self.limits[side], now=self.now, resume=b"")
-        link.data_to_send(0)
+        link.data_to_send(0, self.now)
         return link
 
     @rule(seconds=st.sampled_from([0.01, 0.03, 1.0]))

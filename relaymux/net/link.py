@@ -170,7 +170,7 @@ class LinkProtocol(Protocol):
         self._flushing = True
         try:
             while not self._paused:
-                buffers = self.link.data_to_send(FLUSH_BYTES)
+                buffers = self.link.data_to_send(FLUSH_BYTES, self._reactor.seconds())
                 if not buffers:
                     break
                 self._write(buffers)
@@ -188,7 +188,7 @@ class LinkProtocol(Protocol):
         if self._closing:
             return
         self._closing = True
-        buffers = self.link.data_to_send(FLUSH_BYTES)
+        buffers = self.link.data_to_send(FLUSH_BYTES, self._reactor.seconds())
         if buffers:
             self._write(buffers)
         self.transport.unregisterProducer()

@@ -24,6 +24,7 @@ from relaymux.service.config_syntax import Section, parse_ini, read_text
 from relaymux.service.config_values import (
     GIB,
     KIB,
+    MIB,
     count_between,
     parse_addresses,
     parse_directory,
@@ -52,7 +53,7 @@ __all__ = [
     "read_configuration",
 ]
 
-RELAY_KEYS: Final = ("name", "drain-timeout", "runtime-directory")
+RELAY_KEYS: Final = ("name", "memory", "drain-timeout", "runtime-directory")
 LINK_KEYS: Final = (
     "transport",
     "connect",
@@ -73,6 +74,8 @@ _KINDS: Final = ("relay", "link", "disk", "stream")
 # on its way is 10 Gbit/s at 850 ms.
 _parse_window = size_between(16 * KIB, GIB)
 _parse_replay_buffer = size_between(64 * KIB, GIB)
+# Above the upper end are typing errors.
+_parse_memory = size_between(MIB, 1024 * GIB)
 # More than any host gives a process in file descriptors.
 _parse_count = count_between(1, 65536)
 # A busy host is silent for a good part of a second without being dead.
@@ -136,6 +139,7 @@ def _read_sections(
         ),
         links=tuple(links.values()),
         services=tuple(services),
+        memory=relay.get("memory", _parse_memory, sections.DEFAULT_MEMORY),
         drain_timeout=relay.get("drain-timeout", _parse_drain_timeout, sections.DEFAULT_DRAIN_TIMEOUT),
         runtime_directory=relay.get("runtime-directory", partial(parse_directory, directory=directory), None),
     )
@@ -174,6 +178,9 @@ def _read_link(section: Section, directory: Path) -> LinkSection:
         section.refuse_unknown((*LINK_KEYS, *own), f"a [link] section with transport = {transport.name}")
         options = {key: section.get(key, str, "") for key in own if key in section.values}
     role = section.role()
+    window = section.get("window", _parse_window, sections.DEFAULT_WINDOW)
+    # More than the replay buffer is never on its way to a window of the same size.
+    replay_buffer = max(window, sections.DEFAULT_REPLAY_BUFFER)
     return LinkSection(
         name=section.name,
         transport=section.values.get("transport", ""),
@@ -181,8 +188,8 @@ def _read_link(section: Section, directory: Path) -> LinkSection:
         addresses=section.get(role, parse_addresses, ()),
         options=options,
         directory=directory,
-        window=section.get("window", _parse_window, sections.DEFAULT_WINDOW),
-        replay_buffer=section.get("replay-buffer", _parse_replay_buffer, sections.DEFAULT_REPLAY_BUFFER),
+        window=window,
+        replay_buffer=section.get("replay-buffer", _parse_replay_buffer, replay_buffer),
         max_streams=section.get("max-streams", _parse_count, sections.DEFAULT_MAX_STREAMS),
         silence=section.get("silence", _parse_silence, sections.DEFAULT_SILENCE),
         resume_window=section.get("resume-window", _parse_resume_window, sections.DEFAULT_RESUME_WINDOW),

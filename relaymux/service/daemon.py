@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from relaymux.core.budget import Budget
 from relaymux.core.handshake import Limits
 from relaymux.errors import ConfigurationError, RelaymuxError
 from relaymux.net.buffers import pool_for
@@ -52,6 +53,7 @@ class RelayService(Service):
         self._ports: list[LinkPort] = []
         self._peers: dict[str, Peer] = {}
         self._totals: list[tuple[str, Totals]] = []
+        self._budget = Budget(configuration.memory)
         identity = Identity(configuration.name, os.urandom(16))
         for link in configuration.links:
             self._add_link(link, identity)
@@ -142,7 +144,7 @@ class RelayService(Service):
             resume_window=section.resume_window,
         )
         dialing = section.role == "connect"
-        peer = Peer(self._reactor, section.name, identity, limits, dialing=dialing)
+        peer = Peer(self._reactor, section.name, identity, limits, dialing=dialing, budget=self._budget)
         transport = find_transport(section.transport)
         settings = section.settings()
         if dialing:
