@@ -6,12 +6,17 @@ from __future__ import annotations
 
 from enum import Enum
 
-#: Round trips within which a window's worth has to pass for the window to grow.
+#: Round trips within which a window's worth has to pass for the window to be too small.
 GROW_WITHIN = 2
 
-#: A window is too large with this many times the window's worth that passes in
-#: L{GROW_WITHIN} round trips.
+#: A window is too large if this many times what passes in L{GROW_WITHIN} round trips
+#: would still be less.
 TOO_LARGE = 8
+
+
+#: The part of a window that is measured.  A CREDIT is made for every quarter, so the
+#: last one is heard of with the next round trip only, and each growth would take two.
+MEASURED = 3 / 4
 
 
 class Fit(Enum):
@@ -44,12 +49,13 @@ class Meter:
         if self._since is None:
             self._offset, self._since = offset, now
             return Fit.RIGHT
-        passed, elapsed, period = offset - self._offset, now - self._since, GROW_WITHIN * round_trip
+        passed, elapsed = offset - self._offset, now - self._since
+        part, period = MEASURED * size, MEASURED * GROW_WITHIN * round_trip
         if elapsed < period:
-            if passed < size:
+            if passed < part:
                 return Fit.RIGHT
             fit = Fit.SMALL
         else:
-            fit = Fit.LARGE if size * elapsed > TOO_LARGE * passed * period else Fit.RIGHT
+            fit = Fit.LARGE if part * elapsed > TOO_LARGE * passed * period else Fit.RIGHT
         self._offset, self._since = offset, now
         return fit
