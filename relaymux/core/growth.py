@@ -2,10 +2,12 @@
 How windows and replay buffers follow what a line can carry.
 
 Both bound what is on its way, and so the rate: to less than the line's if they
-are smaller than bandwidth x round trip.  So they double when a whole one of
-them passed within two round trips, for then it may have been what was waited
-for.  That ends with at least two and at most four times bandwidth x round trip,
-whether the bandwidth is the line's or that of a slow consumer.
+are smaller than bandwidth x round trip.  So a window becomes larger when a whole
+one of it was consumed within two round trips, for then it may have been what was
+waited for.  That ends with about two to four times bandwidth x round trip, whether
+the bandwidth is the line's or that of a slow consumer.  A replay buffer follows
+the windows of the peer: it becomes larger when it stops what credit allows and
+the link takes.
 
 Nothing here is done per frame: a window is looked at when a CREDIT is made for
 it, a replay buffer when it is found full.
@@ -23,6 +25,10 @@ from relaymux.core.window import ReceiveWindow
 #: Bytes up to which a size becomes four times what it was and not twice: they are
 #: little beside what a budget has, and on a long line each step costs a round trip.
 HASTE = 4 * 1024 * 1024
+
+#: A replay buffer grows when this part of it was acknowledged since it last did: with a
+#: peer that acknowledges nothing more memory is of no use.
+WIDEN_SHARE = 4
 
 #: Seconds added to the shortest round trip.  Where that is next to nothing, what is on
 #: its way waits for two daemons to take their turns; with these it has 4 MB at 1 GB/s.
@@ -42,10 +48,9 @@ class Growth:
         self.account = account
         self.round_trip: float | None = None
 
-    def restart(self, replay: ReplayBuffer, windows: Iterable[ReceiveWindow]) -> None:
+    def restart(self, windows: Iterable[ReceiveWindow]) -> None:
         """There is a new link, and the time without one says nothing about it."""
         self.round_trip = None
-        replay.meter.restart()
         for window in windows:
             window.meter.restart()
 
@@ -82,17 +87,17 @@ class Growth:
         self.account.give_back(window.drawn)
         window.drawn = 0
 
-    def widen_replay(self, replay: ReplayBuffer, now: float) -> bool:
+    def widen_replay(self, replay: ReplayBuffer) -> bool:
         """
-        Look at C{replay}, which stops DATA that the link would take.
+        Look at C{replay}, which stops DATA that the link and the peer's credit would take.
 
-        @return: whether it is larger now.
+        @return: whether it is larger now: if the peer acknowledges, and there is memory.
         """
-        if self.round_trip is None:
+        if replay.acknowledged - replay.widened_at < replay.capacity // WIDEN_SHARE:
             return False
-        fit = replay.meter.judge(replay.acknowledged, replay.capacity, now, self.round_trip)
-        amount = self._grow(replay.capacity) if fit is Fit.SMALL else 0
+        amount = self._grow(replay.capacity)
         replay.capacity += amount
+        replay.widened_at = replay.acknowledged
         return amount > 0
 
     def narrow_replay(self, replay: ReplayBuffer) -> None:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from relaymux.core.frames import Buffer
-from relaymux.core.meter import Meter
 from relaymux.errors import ErrorCode, RemoteProtocolError
 
 #: Bytes of control frames that may be unacknowledged beyond the capacity: some ten
@@ -39,13 +38,13 @@ class ReplayBuffer:
     stop both sides for good.
 
     @ivar least: what C{capacity} began with, and does not fall below.
-    @ivar meter: of how fast frames are acknowledged.
+    @ivar widened_at: C{acknowledged} when C{capacity} was last raised.
     """
 
     def __init__(self, capacity: int) -> None:
         """@param capacity: bytes of unacknowledged frames at which DATA waits."""
         self.capacity = self.least = capacity
-        self.meter = Meter()
+        self.widened_at = 0
         self.end = 0
         self.acknowledged = 0
         self._frames: deque[tuple[int, Sequence[Buffer]]] = deque()

@@ -272,7 +272,7 @@ class Speaker:
     def linked(self) -> None:
         """A new link carries the session: what was known of the way there is void."""
         if self.growth is not None:
-            self.growth.restart(self.replay, (stream.receive.window for stream in self.streams.values()))
+            self.growth.restart(stream.receive.window for stream in self.streams.values())
 
     def park(self) -> None:
         """There is no link, and perhaps will not be for long."""
@@ -324,7 +324,7 @@ class Speaker:
         while size < limit and self._turns:
             room = self.replay.room - HEADER_BYTES
             if room <= 0:
-                if self.growth is not None and self.growth.widen_replay(self.replay, now):
+                if self.growth is not None and self.growth.widen_replay(self.replay):
                     continue
                 break
             size += self._send_turn(out, room)
