@@ -12,9 +12,9 @@ from tests.faults.traffic import PATIENCE, wait_until
 #: count, and the delays before the next ones rise.
 SETTLED = 0.3
 
-#: Resumes after which a daemon has the memory that it keeps: 8 MiB more than before
-#: the first one, most of it from the first 100.
-WARM_UP = 200
+#: Resumes after which a daemon has the memory that it keeps: some MiB more than before
+#: the first one.
+WARM_UP = 100
 
 #: Bytes that garbage, which Python collects when it likes, may take.  The least leak,
 #: of a connection's TLS state, would be ten times as much.
