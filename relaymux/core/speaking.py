@@ -119,7 +119,7 @@ class Speaker:
         if stream_id > LAST_STREAM_ID:
             raise LocalError("the session has used all its stream ids")
         if not self._may_begin():
-            raise LocalError(NO_MEMORY)
+            raise LocalError(f"{NO_MEMORY}: set a larger memory in [relay], or smaller windows")
         self._next_id += 2
         self._add_stream(stream_id, service, outgoing=True)
         name = service.encode("ascii")
