@@ -219,7 +219,7 @@ class Speaker:
         return self._end_receive(stream, ErrorCode.NO_ERROR)
 
     def close(self) -> None:
-        """The session is over, and nobody will be held anything for it."""
+        """The session is over: give back what it has drawn."""
         if self.growth is not None:
             self.growth.account.close()
 
