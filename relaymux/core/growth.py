@@ -22,9 +22,9 @@ from relaymux.core.meter import Fit
 from relaymux.core.replay import ReplayBuffer
 from relaymux.core.window import ReceiveWindow
 
-#: Bytes up to which a size becomes four times what it was and not twice: they are
-#: little beside what a budget has, and on a long line each step costs a round trip.
-HASTE = 4 * 1024 * 1024
+#: Bytes up to which a size becomes four times what it was and not twice: on a long line
+#: each step costs a round trip, and only there does any size come near to this.
+HASTE = 16 * 1024 * 1024
 
 #: A replay buffer grows when this part of it was acknowledged since it last did: with a
 #: peer that acknowledges nothing more memory is of no use.
