@@ -136,6 +136,7 @@ def relaymux(
     through: Through = nullcontext,
     link_options: Mapping[str, object] | None = None,
     stream_options: Mapping[str, object] | None = None,
+    relay_options: Mapping[str, object] | None = None,
 ) -> Iterator[Relays]:
     """
     Two C{twistd relaymux} daemons with their defaults.
@@ -144,6 +145,7 @@ def relaymux(
     @param through: see L{Through}; not for C{"unix"}.
     @param link_options: further keys of the C{[link]} sections.
     @param stream_options: further keys of the C{[stream]} sections.
+    @param relay_options: further keys of the C{[relay]} sections.
     """
     port = free_port()
     if transport == "tls":
@@ -153,6 +155,7 @@ def relaymux(
     def command(role: str, peer: str, verb: str, tcp_port: int) -> list[str]:
         address = f"{directory}/link" if transport == "unix" else f"127.0.0.1:{tcp_port}"
         lines = ["[relay]", f"name = {role}", "drain-timeout = 1"]
+        lines += [f"{key} = {value}" for key, value in (relay_options or {}).items()]
         lines += [f"[link {peer}]", f"transport = {transport}", f"{verb} = {address}"]
         lines += [f"{key} = {value}" for key, value in (link_options or {}).items()]
         if transport == "tls":

@@ -26,6 +26,10 @@ ALLOWANCE = 64 * MIB
 
 STREAMS = 4
 
+#: The budget of each daemon: what these take at the least, with what they are charged
+#: beside (decision 0015), so that neither grows.
+MEMORY = STREAMS * (WINDOW + MIB // 4) + REPLAY + 5 * MIB // 4
+
 #: Bytes by which both of relaymux's daemons may grow.
 BOUND = STREAMS * WINDOW + REPLAY + ALLOWANCE
 
@@ -88,7 +92,8 @@ def measure(relays: Relays, seconds: float, stalled: bool) -> Mapping[str, float
 def run(plan: Plan) -> list[Result]:
     """Measure all contenders."""
     sizes = {"window": f"{WINDOW // MIB}M", "replay-buffer": f"{REPLAY // MIB}M"}
-    with started(plan, STREAMS, {OURS: {"link_options": sizes}}) as found:
+    options = {"link_options": sizes, "relay_options": {"memory": f"{MEMORY // 1024}K"}}
+    with started(plan, STREAMS, {OURS: options}) as found:
         order = [
             # Both cases of one contender side by side, since they are compared with each other.
             Turn(case, link, tool, partial(measure, relays, plan.seconds, case == BESIDE))
