@@ -2,7 +2,8 @@
 # make test-faults  the long tests of lost links, and planted bugs
 # make demo     a real live migration through the relay, on this machine
 # make lint     ruff and mypy alone
-# make bench    what a byte costs, beside Twisted as usually written
+# make bench    what relaymux costs beside ssh, stunnel, haproxy and socat; about forty minutes
+# make bench-quick  the most important of it, in less than two minutes
 # make venv     the virtualenv alone
 # make clean    removes what these made, the virtualenv too; .cache, with a QEMU that was
 #               fetched, stays
@@ -25,7 +26,10 @@ QUICK = $(subst /,.,$(basename $(filter-out $(SLOW),$(sort $(wildcard tests/test
 # by the hundred, and bugs that are planted to see them caught.
 FAULTS = tests/faults tests/qemu/test_cuts.py $(wildcard tests/test_resume*.py)
 
-.PHONY: test test-faults demo lint bench venv qemu clean
+# What `make bench` compares relaymux with, and measures with.
+PEERS = openssh-client openssh-server stunnel4 haproxy socat nbdkit libnbd-bin qemu-utils
+
+.PHONY: test test-faults demo lint bench bench-quick bench-tools venv qemu clean
 
 test: lint qemu
 	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp $(QUICK)
@@ -48,8 +52,15 @@ demo:
 	scripts/bootstrap demo $(VENV)
 	$(BIN)/python -m relaymux.demo --cuts $(CUTS)
 
-bench: venv
+bench: bench-tools
 	$(BIN)/python -m benchmarks
+
+bench-quick: bench-tools
+	$(BIN)/python -m benchmarks --quick
+
+# What relaymux is compared with.  The benchmark says what it could not measure without.
+bench-tools: venv
+	-scripts/debian-packages gcc libc6-dev $(PEERS)
 
 venv:
 	scripts/bootstrap dev $(VENV)

@@ -1,8 +1,8 @@
 """
-What a byte costs: one bulk stream through relaymux, and through plain Twisted.
+Measures relaymux beside what people use instead, side by side on this machine.
 
-All relays run side by side and take turns, round after round, so that a
-machine which gets slower or faster does so for each of them.  What counts is
+All contenders run at the same time and take turns, round after round, so that
+a machine which gets slower or faster does so for each of them.  What counts is
 the ratio within a round; single numbers hold for one machine at one moment.
 See docs/performance.md.
 """
@@ -12,189 +12,185 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import resource
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from statistics import median
+from types import FrameType
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks.processes import BenchmarkError, Stream
-from benchmarks.relays import Relays, direct, plain_twisted, relaymux
+from benchmarks import bulk, connections, latency, nbd, pipes, stall
+from benchmarks.contenders import CONTENDERS, DEFAULT_TOOLS, LINKS, Plan
+from benchmarks.processes import BenchmarkError, Unavailable
+from benchmarks.results import Metric, Result, Target, judge
+from benchmarks.table import results_table, verdicts_table
 
-__all__ = ["TARGETS", "Run", "cpu_ratio", "main", "measure"]
-
-#: The most that relaymux's CPU time per byte may be, as a part of what the
-#: cheaper of the two plain Twisted relays needs.  TCP: 0.75 CPU s/GB where
-#: that needs 1.2.
-TARGETS = {"tcp": 0.75 / 1.2, "tls": 0.6}
-
-NOTHING, FORWARDING, MULTIPLEXING = "no relay", "Twisted forwards", "Twisted muxes"
-OURS = "relaymux"
-
-RELAYS: dict[str, Callable[[Path, str], AbstractContextManager[Relays]]] = {
-    FORWARDING: partial(plain_twisted, forward=True),
-    MULTIPLEXING: plain_twisted,
-    OURS: relaymux,
-}
-
-GIGABYTE = 1e9
-
-#: Seconds after the end of a stream for the last acknowledgements, so that their cost is counted.
-SETTLE = 0.1
+__all__ = ["ROWS", "Row", "main"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Row:
     """
-    One measurement.
+    One thing that is measured.
 
-    @ivar rate: GB/s, from the first byte at the sink to the last.
-    @ivar cpu: user and system seconds per GB, of both relay daemons together.
+    @ivar run: does it; may raise L{Unavailable}.
+    @ivar seconds: how long each of its runs sends, if nothing else is asked for;
+        0 where that is not a matter of time.
+    @ivar rounds: how often each has its turn, likewise.
+    @ivar quick_seconds: the same with C{--quick}.
     """
 
-    transport: str
-    relay: str
-    rate: float
-    cpu: float
+    title: str
+    run: Callable[[Plan], list[Result]]
+    metrics: Sequence[Metric]
+    targets: Sequence[Target]
+    seconds: float
+    rounds: int
+    quick_seconds: float = 0.5
 
 
-def measure(transport: str, relay: str, relays: Relays, seconds: float) -> Run:
+ROWS: Mapping[str, Row] = {
+    "bulk": Row("1. Bulk", bulk.run, bulk.METRICS, bulk.TARGETS, 2.0, 5, 0.6),
+    "latency": Row("2. Latency", latency.run, latency.METRICS, latency.TARGETS, 1.5, 5, 0.4),
+    "stall": Row("3. A reader that stalls", stall.run, stall.METRICS, stall.TARGETS, 3.0, 3),
+    "pipes": Row("4. Long pipes", pipes.run, pipes.METRICS, pipes.TARGETS, 8.0, 3),
+    "connections": Row("5. Connections", connections.run, connections.METRICS, connections.TARGETS, 2.0, 3),
+    "nbd": Row("6. NBD", nbd.run, nbd.METRICS, (), 0.0, 3),
+}
+
+_QUICK = {
+    "rows": ("bulk", "latency"),
+    "tools": ("socat", "haproxy", "ssh", "relaymux"),
+    "links": ("tcp", "tls"),
+}
+
+
+def measure(
+    rows: Sequence[str], plan: Plan, seconds: Mapping[str, float], rounds: Mapping[str, int]
+) -> list[Result]:
     """
-    Send through C{relays} for C{seconds}.
+    Measure one row after the other.
 
-    @raise BenchmarkError: something was lost, or it does not end.
+    @param seconds: for each run of each row.
+    @param rounds: of each row.
     """
-    entry, exit = relays.paths[0]
-    before = relays.cpu_seconds()
-    with Stream(entry, exit) as stream:
-        stream.start(["--seconds", seconds])
-        report = stream.finish(seconds + 60)
-    time.sleep(SETTLE)
-    gigabytes = report.total_bytes / GIGABYTE
-    return Run(transport, relay, gigabytes / report.seconds, (relays.cpu_seconds() - before) / gigabytes)
+    results = []
+    for name in rows:
+        plan.seconds, plan.rounds = seconds[name], rounds[name]
+        try:
+            results += ROWS[name].run(plan)
+        except Unavailable as missing:
+            plan.note(f"{name}: not measured, since this machine has no {missing}")
+    return results
 
 
-@contextmanager
-def started(transports: Sequence[str], directory: Path) -> Iterator[dict[tuple[str, str], Relays]]:
-    """Run all relays: by transport and name, in the order in which they take turns."""
-    with ExitStack() as stack:
-        found = {("-", NOTHING): direct(directory)}
-        for transport in transports:
-            for name, start in RELAYS.items():
-                place = directory / f"{transport}-{len(found)}"
-                place.mkdir()
-                found[transport, name] = stack.enter_context(start(place, transport))
-        yield found
-
-
-def measure_all(transports: Sequence[str], rounds: int, seconds: float, console: Console) -> list[Run]:
-    """
-    Prove that each relay carries content unharmed, then measure.
-
-    @raise BenchmarkError: one of them does not.
-    """
-    with (
-        tempfile.TemporaryDirectory(prefix="rmx-") as directory,
-        started(transports, Path(directory)) as found,
-        Progress(console=console, transient=True) as progress,
-    ):
-        task = progress.add_task("content", total=len(found) * (rounds + 1))
-        for relays in found.values():
-            relays.prove()
-            progress.advance(task)
-        runs = []
-        for number in range(rounds):
-            progress.update(task, description=f"round {number + 1}")
-            for (transport, name), relays in found.items():
-                runs.append(measure(transport, name, relays, seconds))
-                progress.advance(task)
-        return runs
-
-
-def cpu_ratio(runs: Sequence[Run], transport: str, yardstick: str) -> float:
-    """@return: relaymux's CPU time per byte over the yardstick's; the median of the rounds' ratios."""
-    ours, theirs = (
-        [run.cpu for run in runs if (run.transport, run.relay) == (transport, relay)]
-        for relay in (OURS, yardstick)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
+    parser.add_argument(
+        "--row", choices=list(ROWS), action="append", help="only this one; may be given again"
     )
-    return median(our / their for our, their in zip(ours, theirs, strict=True))
-
-
-def table(runs: Sequence[Run], load: float) -> Table:
-    """
-    @param load: the machine's load average before the first run.
-    @return: medians, ranges and ratios, for the terminal.
-    """
-    shown = Table(
-        title="One bulk stream, UNIX socket to UNIX socket: median (range) of the rounds",
-        caption=f"{os.cpu_count()} processors, load average {load:.1f} before the start",
-        box=SIMPLE_HEAD,
+    parser.add_argument("--tool", choices=list(CONTENDERS), action="append", help="only this one, likewise")
+    parser.add_argument("--link", choices=LINKS, action="append", help="only this one, likewise")
+    parser.add_argument("--rounds", type=int, help="how often each has its turn (default: 3 to 5)")
+    parser.add_argument("--seconds", type=float, help="how long each run sends (default: as each row needs)")
+    parser.add_argument(
+        "--quick", action="store_true", help="the rows and tools for everyday, below two minutes"
     )
-    shown.add_column("link")
-    shown.add_column("relay")
-    for column in ("GB/s", "CPU s/GB", "ratio", "allowed"):
-        shown.add_column(column, justify="right")
-    for transport, relay in dict.fromkeys((run.transport, run.relay) for run in runs):
-        same = [run for run in runs if (run.transport, run.relay) == (transport, relay)]
-        cells = [transport, relay, _spread([run.rate for run in same])]
-        if relay != NOTHING:
-            cells.append(_spread([run.cpu for run in same]))
-        if relay in (FORWARDING, MULTIPLEXING):
-            cells.append(f"{cpu_ratio(runs, transport, relay):.2f}")
-        if relay == FORWARDING:
-            cells.append(f"{TARGETS[transport]:.3f}")
-        shown.add_row(*cells, end_section=relay in (NOTHING, OURS))
-    return shown
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all runs and ratios here")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    return parser
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+def _raise_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """@return: exit status; 1 if a run failed, or with C{--check} if a target was missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
-    parser.add_argument("--transport", choices=sorted(TARGETS), action="append", help="only this one")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long each run sends (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 1.5 s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all runs and ratios here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    given = parser.parse_args(arguments)
-    rounds, seconds = (3, 1.5) if given.quick else (given.rounds, given.seconds)
-    transports = given.transport or list(TARGETS)
+    given = _parser().parse_args(arguments)
+    rows = given.row or (_QUICK["rows"] if given.quick else list(ROWS))
+    tools = given.tool or (_QUICK["tools"] if given.quick else DEFAULT_TOOLS)
+    links = given.link or (_QUICK["links"] if given.quick else LINKS)
+    rounds = {name: given.rounds or (3 if given.quick else row.rounds) for name, row in ROWS.items()}
+    usual = {name: row.quick_seconds if given.quick else row.seconds for name, row in ROWS.items()}
+    seconds = {name: given.seconds or usual[name] for name in rows}
+    # Ended from outside, it ends what it started as after Ctrl-C.
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    # Two descriptors for each stream are more than the usual soft limit.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     console = Console()
-    load = os.getloadavg()[0]
-    try:
-        runs = measure_all(transports, rounds, seconds, console)
-    except BenchmarkError as e:
-        print(f"benchmark failed: {e}", file=sys.stderr)
-        return 1
-    console.print(table(runs, load))
-    ratios = {
-        name: {other: cpu_ratio(runs, name, other) for other in (FORWARDING, MULTIPLEXING)}
-        for name in transports
+    load, began = os.getloadavg()[0], time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="rmx-") as directory,
+        Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        ) as progress,
+    ):
+        # For an sshd that is not root's.
+        Path(directory).chmod(0o711)
+        task = progress.add_task("starting", total=None)
+        plan = Plan(
+            Path(directory),
+            [tool for tool in CONTENDERS if tool in tools],
+            [link for link in LINKS if link in links],
+            0,
+            0.0,
+            lambda text: progress.update(task, description=text),
+        )
+        try:
+            results = measure(rows, plan, seconds, rounds)
+        except BenchmarkError as error:
+            progress.stop()
+            print(f"benchmark failed: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            progress.stop()
+            print("interrupted; all that was started has ended", file=sys.stderr)
+            return 130
+    verdicts = judge(results, [target for name in rows for target in ROWS[name].targets])
+    machine = {
+        "processors": os.cpu_count(),
+        "load": load,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
     }
+    for name in rows:
+        own = [result for result in results if result.row == name]
+        if own:
+            console.print(results_table(ROWS[name].title, own, ROWS[name].metrics))
+    if verdicts:
+        console.print(verdicts_table(verdicts))
+    for note in plan.notes:
+        console.print(note, markup=False)
+    console.print(
+        f"{machine['processors']} processors, load average {load:.1f} before the start, {machine['system']}, "
+        f"{time.monotonic() - began:.0f} s in all; medians (lowest-highest) of the rounds"
+    )
     if given.json:
         result = {
-            "load": load,
-            "runs": [asdict(run) for run in runs],
-            "cpu_ratios": ratios,
-            "targets": TARGETS,
+            "machine": machine,
+            "results": [asdict(result) for result in results],
+            "verdicts": [
+                asdict(verdict) | {"ratio": verdict.ratio, "met": verdict.met} for verdict in verdicts
+            ],
+            "notes": plan.notes,
         }
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
-    missed = [name for name in transports if ratios[name][FORWARDING] > TARGETS[name]]
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    missed = sum(not verdict.met for verdict in verdicts)
     if given.check and missed:
-        print(f"above the target: {', '.join(missed)}", file=sys.stderr)
+        print(f"{missed} of {len(verdicts)} targets missed", file=sys.stderr)
         return 1
     return 0
 

@@ -152,7 +152,7 @@ def _make_certificates(directory: Path, names: Sequence[str]) -> int:
 def _describe(configuration: Configuration) -> list[str]:
     """@return: lines that say what the daemon would do, one for each section, or several for a VM."""
     return [
-        f"daemon {configuration.name}: "
+        f"daemon {configuration.name}: {format_size(configuration.memory)} of memory for all links; "
         f"SIGTERM waits up to {configuration.drain_timeout:g} s for open streams",
         *map(_describe_link, configuration.links),
         *(_describe_service(service) for service in configuration.services if not service.vm),
@@ -164,8 +164,8 @@ def _describe_link(link: LinkSection) -> str:
     verb = "connects to" if link.role == "connect" else "listens on"
     return (
         f"link {link.name}: {link.transport} {verb} {', or '.join(link.addresses)}; "
-        f"at most {link.max_streams} streams with a window of {format_size(link.window)} each, "
-        f"replay buffer {format_size(link.replay_buffer)}; dead after {link.silence:g} s of silence"
+        f"at most {link.max_streams} streams, each with a window of {format_size(link.window)} or more, "
+        f"replay buffer {format_size(link.replay_buffer)} or more; dead after {link.silence:g} s of silence"
     )
 
 

@@ -25,6 +25,7 @@ DEADLINE = 240
 
 CORE = ("tests/test_core_session.py", "tests/test_core_stream.py", "tests/test_resume_core.py")
 LINKS = ("tests/test_resume_core.py", "tests/test_resume_links.py")
+BUDGET = ("tests/test_budget.py", "tests/test_properties_budget.py")
 PEERS = ("tests/test_resume_peer.py", "tests/test_resume_links.py", "tests/test_net_peers.py")
 
 
@@ -166,6 +167,27 @@ BUGS = (
         "if not IExportingTransport.providedBy(transport):",
         "if IExportingTransport.providedBy(transport):",
         ("tests/test_tls.py", *PEERS),
+    ),
+    Bug(
+        "windows grow by more than they draw from the memory of the daemon",
+        "core/growth.py",
+        "            window.size += amount\n            window.drawn += amount\n",
+        "            window.size *= 2\n            window.drawn += amount\n",
+        BUDGET,
+    ),
+    Bug(
+        "a direction that has ended keeps what its window has drawn",
+        "core/growth.py",
+        "        self.account.give_back(window.drawn)\n        window.drawn = 0\n",
+        "        window.drawn = 0\n",
+        BUDGET,
+    ),
+    Bug(
+        "a window that shrinks gives back what is still promised",
+        "core/growth.py",
+        "surplus = window.drawn - max(window.size, window.granted - window.consumed)",
+        "surplus = window.drawn - window.size",
+        BUDGET,
     ),
 )
 

@@ -19,6 +19,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
+from relaymux.core.budget import Budget
 from relaymux.core.handshake import Limits
 from relaymux.core.session import Session
 from relaymux.errors import StreamReset
@@ -75,9 +76,13 @@ class Host:
     One daemon: it may be restarted, which nothing but its name survives.
 
     @ivar protocols: of the streams to and from it, in the order in which they were begun.
+    @ivar budget: its memory, if that is counted.
     """
 
-    def __init__(self, clock: Clock, name: str, limits: Limits, *, dialing: bool) -> None:
+    def __init__(
+        self, clock: Clock, name: str, limits: Limits, *, dialing: bool, memory: int | None = None
+    ) -> None:
+        self.memory = memory
         self.clock = clock
         self.name = name
         self.limits = limits
@@ -91,8 +96,14 @@ class Host:
         self.starts += 1
         instance = f"{self.name} {self.starts}".encode().ljust(16, b".")
         section = "the other"
+        self.budget = Budget(self.memory) if self.memory is not None else None
         self.peer = Peer(
-            self.clock, section, Identity(self.name, instance), self.limits, dialing=self.dialing
+            self.clock,
+            section,
+            Identity(self.name, instance),
+            self.limits,
+            dialing=self.dialing,
+            budget=self.budget,
         )
         return self.peer
 
@@ -137,16 +148,18 @@ class Hosts:
         capacity: int = 16 * 1024,
         exporting: bool = False,
         pumped: bool = False,
+        memory: int | None = None,
     ) -> None:
         """
+        @param memory: bytes that each host may hold; L{None} if nobody counts.
         @param other: of host b, if they differ.
         @param pumped: bytes move in C{wire.pump} alone, not with the clock.
         @param seed: splits what is delivered, differently in each connection.
         @param exporting: whether the transports have key material of their own.
         """
         self.clock = Clock()
-        self.a = Host(self.clock, "hv-a", limits, dialing=True)
-        self.b = Host(self.clock, "hv-b", other or limits, dialing=False)
+        self.a = Host(self.clock, "hv-a", limits, dialing=True, memory=memory)
+        self.b = Host(self.clock, "hv-b", other or limits, dialing=False, memory=memory)
         self.wires: list[Wire] = []
         self.refusing = False
         self.plan: list[Callable[[Wire], object]] = []

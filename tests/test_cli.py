@@ -108,9 +108,9 @@ class CheckTests(CommandTestCase):
             (
                 0,
                 [
-                    "daemon hv-a: SIGTERM waits up to 30 s for open streams",
-                    "link hv-b: unix connects to one.sock, or two.sock; at most 64 streams with a window of "
-                    "4M each, replay buffer 32M; dead after 15 s of silence",
+                    "daemon hv-a: 512M of memory for all links; SIGTERM waits up to 30 s for open streams",
+                    "link hv-b: unix connects to one.sock, or two.sock; at most 64 streams, each with a "
+                    "window of 256K or more, replay buffer 4M or more; dead after 15 s of silence",
                     f"disk vda: makes the socket {directory}/vda.sock (mode 0660, owner "
                     f"{os.geteuid()}, group {os.getegid()}) and opens streams over link hv-b; "
                     "at most 64 at once, 10 s to open one",

@@ -42,6 +42,7 @@ COMPLETE = """
     ; a comment
     [relay]
     name = hv-a
+    memory = 2G
     drain-timeout = 12.5
     progress = 0
     status = run/status.sock
@@ -117,6 +118,7 @@ class ReadTests(ConfigTestCase):
             Configuration(
                 file=str(self.file),
                 name="hv-a",
+                memory=2048 * MIB,
                 drain_timeout=12.5,
                 progress=0,
                 status=self.directory / "run/status.sock",
@@ -168,10 +170,10 @@ class ReadTests(ConfigTestCase):
     def test_defaults(self) -> None:
         """What a file leaves out has the documented value."""
         configuration = self.load(SMALLEST + "[disk d]\nlink = b\nlisten = d.sock\n")
-        self.assertEqual(configuration.drain_timeout, 30)
+        self.assertEqual((configuration.memory, configuration.drain_timeout), (512 * MIB, 30))
         self.assertIsNone(configuration.runtime_directory)
         (link,) = configuration.links
-        self.assertEqual((link.window, link.replay_buffer), (4 * MIB, 32 * MIB))
+        self.assertEqual((link.window, link.replay_buffer), (256 * KIB, 4 * MIB))
         self.assertEqual((link.max_streams, link.silence), (256, 15))
         (disk,) = configuration.services
         self.assertEqual((disk.mode, disk.owner, disk.group), (0o600, None, None))
@@ -636,13 +638,26 @@ class ContradictionTests(ConfigTestCase):
     def test_window_larger_than_replay_buffer(self) -> None:
         """More than the replay buffer is never on its way, so the sizes are probably confused."""
         self.assertEqual(
-            self.errors(SMALLEST + "window = 64M\n"),
+            self.errors(SMALLEST + "window = 64M\nreplay-buffer = 4M\n"),
             [
                 "[link b]: window: the window of one stream is larger than the replay-buffer of its link; "
-                "found '64M'; expected at most 32M, or a larger replay-buffer"
+                "found '64M'; expected at most 4M, or a larger replay-buffer"
             ],
         )
         self.assertEqual(self.errors(SMALLEST + "window = 64M\nreplay-buffer = 64M\n"), [])
+        self.assertEqual(self.load(SMALLEST + "window = 64M\n").links[0].replay_buffer, 64 * MIB)
+
+    def test_too_little_memory(self) -> None:
+        """Every link and one connection of every section have to fit; the error says what would do."""
+        text = dedent(SMALLEST) + "replay-buffer = 64M\nwindow = 8M\n[disk d]\nlink = b\nlisten = d.sock\n"
+        self.assertEqual(
+            self.errors(text.replace("name = a", "name = a\nmemory = 64M")),
+            [
+                "[relay]: memory: 1 links and 1 services, with their sizes, need more to begin with; "
+                "found '64M'; expected at least 74M, or a smaller replay-buffer or window"
+            ],
+        )
+        self.assertEqual(self.errors(text.replace("name = a", "name = a\nmemory = 74M")), [])
 
     def test_more_connections_than_streams(self) -> None:
         """A section cannot have what its link does not carry; the default adapts itself."""
@@ -889,6 +904,7 @@ class DocumentationTests(SynchronousTestCase):
             if len(cells) > 4:
                 rows[cells[1]] = cells[3]
         sizes = {
+            "memory": config_sections.DEFAULT_MEMORY,
             "window": config_sections.DEFAULT_WINDOW,
             "replay-buffer": config_sections.DEFAULT_REPLAY_BUFFER,
         }

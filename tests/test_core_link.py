@@ -65,14 +65,14 @@ class HandshakeTests(SynchronousTestCase):
     def test_accepting(self) -> None:
         """The accepting side says nothing before it has heard and decided."""
         link = Link(local=LIMITS, now=0.0)
-        self.assertEqual(link.data_to_send(1000), [])
+        self.assertEqual(link.data_to_send(1000, 0.0), [])
         [event] = run(link, hello(name=b"hv-a"))
         assert isinstance(event, HelloReceived)
         self.assertEqual(event.hello, Hello("hv-a", INSTANCE, LIMITS))
         self.assertIs(link.state, LinkState.DECISION)
-        self.assertEqual(link.data_to_send(1000), [])
+        self.assertEqual(link.data_to_send(1000, 0.0), [])
         link.welcome(Welcome("near", INSTANCE, LIMITS, session_id=b"s" * 16, resume_key=b"k" * 32))
-        [(kind, stream_id, payload)] = parse(join(link.data_to_send(1000)))
+        [(kind, stream_id, payload)] = parse(join(link.data_to_send(1000, 0.0)))
         self.assertEqual(
             (kind, stream_id, payload[:58]), (WELCOME, 0, b"relaymux\x00\x01" + b"s" * 16 + b"k" * 32)
         )
@@ -85,7 +85,7 @@ class HandshakeTests(SynchronousTestCase):
             link.reject(ErrorCode.BUSY, "busy"), LinkEnded(34, "busy", by_peer=False, session_over=False)
         )
         self.assertEqual(
-            join(link.data_to_send(1000)), unhex("05 00 0000 00000000 00000008 0022 0001 62757379")
+            join(link.data_to_send(1000, 0.0)), unhex("05 00 0000 00000000 00000008 0022 0001 62757379")
         )
         self.assertTrue(link.ended)
         self.assertEqual(run(link, hello()), [])
@@ -188,6 +188,7 @@ class LivenessTests(SynchronousTestCase):
         self.assertEqual(core.link.next_timer(), 5.0)
         self.assertEqual(core.link.handle_timer(4.9), [])
         self.assertEqual(core.say(), [])
+        core.now = 5.0
         core.link.handle_timer(5.0)
         self.assertEqual(core.raw(), unhex("07 00 0000 00000000 00000008 0000000000000001"))
         core.now = 5.25

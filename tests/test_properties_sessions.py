@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 from twisted.trial.unittest import SynchronousTestCase
 
+from relaymux.core.budget import Account, Budget, link_beginning, stream_beginning
 from relaymux.core.events import (
     DataReceived,
     Event,
@@ -26,6 +27,7 @@ from relaymux.core.events import (
     SendingStopped,
     StreamAccepted,
     StreamClosed,
+    StreamCrowdedOut,
     StreamFinished,
     StreamOpened,
     StreamRefused,
@@ -37,8 +39,13 @@ from relaymux.core.link import Link
 from relaymux.core.replay import HEAD_ROOM
 from relaymux.core.session import Session
 from relaymux.core.stream import ReceiveState, SendState
+from relaymux.errors import ErrorCode, LocalError
+from tests.accounting import assert_accounted
 from tests.test_properties_core import bounded
 from tests.wire import INSTANCE, join
+
+#: Codes of a refusal that a session makes by itself, before anybody hears of the stream.
+BY_ITSELF = (ErrorCode.SHUTTING_DOWN, ErrorCode.TOO_MANY_STREAMS)
 
 
 @dataclass
@@ -80,13 +87,25 @@ class Sessions(RuleBasedStateMachine):
         windows=st.tuples(*[st.sampled_from([1024, 1500, 5000])] * 2),
         replays=st.tuples(*[st.sampled_from([4096, 6000, 50_000])] * 2),
         payload=st.sampled_from([1024, 3000]),
+        memory=st.one_of(st.none(), st.tuples(st.integers(0, 7), st.sampled_from([0, 3000, 1 << 20]))),
     )
-    def begin(self, windows: tuple[int, int], replays: tuple[int, int], payload: int) -> None:
-        """Two ends with small limits, connected."""
+    def begin(
+        self,
+        windows: tuple[int, int],
+        replays: tuple[int, int],
+        payload: int,
+        memory: tuple[int, int] | None,
+    ) -> None:
+        """Two ends with small limits, connected; they share a budget for so many streams and bytes more."""
         limits = [
             Limits(max_payload=payload, max_streams=3, window=window, replay=size, silence=10_000)
             for window, size in zip(windows, replays, strict=True)
         ]
+        self.budget: Budget | None = None
+        if memory is not None:
+            beginnings = [link_beginning(size) for size in replays]
+            self.budget = Budget(sum(beginnings) + memory[0] * stream_beginning(max(windows)) + memory[1])
+            assert all(map(self.budget.begin, beginnings))
         self.now = 0.0
         self.pipes = (bytearray(), bytearray())  # pipes[i]: from side i to the other
         self.streams: dict[int, Model] = {}
@@ -104,13 +123,16 @@ class Sessions(RuleBasedStateMachine):
 
     # What moves.
 
+    def account(self) -> Account | None:
+        return Account(self.budget) if self.budget is not None else None
+
     def session(self, side: int) -> Session:
         session = self.links[side].session
         assert session is not None
         return session
 
     def flush(self, side: int, limit: int) -> None:
-        self.pipes[side].extend(join(self.links[side].data_to_send(limit)))
+        self.pipes[side].extend(join(self.links[side].data_to_send(limit, self.now)))
         if self.links[side].session is not None:
             self.session(side).take_drained()
 
@@ -130,14 +152,24 @@ class Sessions(RuleBasedStateMachine):
         if isinstance(event, HelloReceived):
             link.welcome(Welcome("far", INSTANCE, self.limits[side]))
             link.attach(
-                Session(dialing=False, local=self.limits[side], remote=event.hello.limits),
+                Session(
+                    dialing=False,
+                    local=self.limits[side],
+                    remote=event.hello.limits,
+                    account=self.account(),
+                ),
                 event.hello.limits,
                 self.now,
             )
             return
         if isinstance(event, WelcomeReceived):
             link.attach(
-                Session(dialing=True, local=self.limits[side], remote=event.welcome.limits),
+                Session(
+                    dialing=True,
+                    local=self.limits[side],
+                    remote=event.welcome.limits,
+                    account=self.account(),
+                ),
                 event.welcome.limits,
                 self.now,
             )
@@ -153,14 +185,19 @@ class Sessions(RuleBasedStateMachine):
             assert stream.opener == 1 - side and not stream.heard
             assert event.service == f"s{event.stream_id}"
             stream.heard = "asked"
+        elif isinstance(event, StreamCrowdedOut):
+            assert stream.opener == 1 - side and not stream.heard
+            assert event.service == f"s{event.stream_id}"
         elif isinstance(event, StreamAccepted):
             assert stream.opener == side and stream.answer == "accepted"
         elif isinstance(event, StreamRefused):
-            if event.code == 37:  # it crossed a goaway
-                assert self.goaway[1 - side] and not stream.heard and not stream.answer
+            if event.code in BY_ITSELF:
+                crossed = event.code == ErrorCode.SHUTTING_DOWN
+                assert self.goaway[1 - side] if crossed else self.budget is not None
+                assert not stream.heard and not stream.answer
                 stream.answer, theirs.end, sent.stopped = "refused", "reset", True
             assert stream.opener == side and stream.answer == "refused"
-            assert event.code == 37 or (event.code, event.text) == (17, "no")
+            assert event.code in BY_ITSELF or (event.code, event.text) == (17, "no")
             theirs.told = "reset"
             sent.end = sent.end if sent.end == "fin" and self.fin_said(side, event.stream_id) else "reset"
         elif isinstance(event, DataReceived):
@@ -217,6 +254,10 @@ class Sessions(RuleBasedStateMachine):
             return
         # The id is known before: odd ones for the side that dialled.
         stream_id = 1 - side + 2 * sum(s.opener == side for s in self.streams.values()) + 2 * side
+        beginning = stream_beginning(self.limits[side].window)
+        if self.budget is not None and self.budget.total - self.budget.drawn < beginning:
+            SynchronousTestCase().assertRaises(LocalError, session.open_stream, f"s{stream_id}")
+            return
         assert session.open_stream(f"s{stream_id}") == stream_id
         self.streams[stream_id] = Model(side)
 
@@ -356,7 +397,7 @@ class Sessions(RuleBasedStateMachine):
     def resuming(self, side: int) -> Link:
         """A link whose handshake is all but done."""
         link = Link(local=self.limits[side], now=self.now, resume=b"")
-        link.data_to_send(0)
+        link.data_to_send(0, self.now)
         return link
 
     @rule(seconds=st.sampled_from([0.01, 0.03, 1.0]))
@@ -410,7 +451,9 @@ class Sessions(RuleBasedStateMachine):
                 else:
                     assert send.queued == 0
                 assert window.consumed <= window.received <= window.granted
-                assert window.granted <= window.consumed + window.size
+                promised = max(window.size, window.drawn) if self.budget is not None else window.size
+                ended = stream.receive.state in (ReceiveState.DISCARDING, ReceiveState.CLOSED)
+                assert ended or window.granted <= window.consumed + promised
                 assert window.consumed == self.streams[stream_id].directions[1 - side].consumed
                 if stream_id in other:
                     far = other[stream_id].receive.window
@@ -418,6 +461,13 @@ class Sessions(RuleBasedStateMachine):
                     assert send.delivered <= far.consumed
             for stream_id, model in self.streams.items():
                 assert (side in model.closed) <= (stream_id not in mine)
+
+    @invariant()
+    def memory(self) -> None:
+        """What is promised and held is drawn from the budget, and never more than there is."""
+        if hasattr(self, "links") and self.budget is not None:
+            replays = [limits.replay for limits in self.limits]
+            assert_accounted(self.budget, replays, [self.session(side) for side in (0, 1)])
 
     def teardown(self) -> None:
         """Whatever happened: when everybody takes and says what is left, everything comes to an end."""
@@ -435,6 +485,10 @@ class Sessions(RuleBasedStateMachine):
         for side in (0, 1):
             session = self.session(side)
             assert session.settled, f"side {side} is left with {session.streams or session.replay.held_bytes}"
+        if self.budget is not None:
+            for side in (0, 1):
+                self.session(side).rest()
+            assert self.budget.drawn == sum(link_beginning(limits.replay) for limits in self.limits)
         for stream_id, model in self.streams.items():
             assert sorted(model.closed) == [0, 1], f"stream {stream_id} has not ended"
             for direction in model.directions:

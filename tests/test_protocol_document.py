@@ -306,7 +306,7 @@ class StateMachineTests(SynchronousTestCase):
             talk.write(1, b"more than the credit")
         if state in ("FINISHING", "ENDED", "CLOSED"):
             talk.finish(1)
-        talk.data_to_send(1000)
+        talk.data_to_send(1000, 0.0)
         if state == "CLOSED":
             talk.receive_frame(frame(Kind.CLOSED, speaking.CLOSED.pack(0, 0)))
         self.assertEqual(half.state.name, state)
@@ -316,7 +316,7 @@ class StateMachineTests(SynchronousTestCase):
         def all_sent() -> None:
             if state == "FINISHING":
                 talk.receive_frame(enough)
-            talk.data_to_send(1000)
+            talk.data_to_send(1000, 0.0)
 
         acts: dict[str, Callable[[], object]] = {
             "finish": lambda: talk.finish(1),
@@ -369,14 +369,14 @@ class StateMachineTests(SynchronousTestCase):
         for kind, payload in ((Kind.FIN, bytes(8)), (Kind.RESET, bytes(10))):
             talk = Session(dialing=True, local=Limits(), remote=Limits())
             talk.open_stream("x")
-            talk.data_to_send(0)
+            talk.data_to_send(0, 0.0)
             talk.receive_frame(frame(kind, payload))
             self.assertIs(talk.streams[1].receive.state, ReceiveState.CLOSED)
             self.assertEqual(sent_kinds(talk), [Kind.CLOSED])
 
 
 def sent_kinds(talk: Session) -> list[Kind]:
-    data = b"".join(talk.data_to_send(1000))
+    data = b"".join(talk.data_to_send(1000, 0.0))
     return [Kind(one.kind) for one in FrameDecoder(1024 * 1024).feed(memoryview(data))]
 
 
@@ -452,7 +452,7 @@ class Example:
         """@return: what C{side} sends in its turn."""
         for act in acts:
             act()
-        return b"".join(self.links[side].data_to_send(1024 * 1024))
+        return b"".join(self.links[side].data_to_send(1024 * 1024, self.now))
 
     def hear(self, side: str, data: bytes, step: int = 1 << 20) -> None:
         """Give C{data}, which the other side sent, to C{side} in pieces of C{step} bytes."""
@@ -554,7 +554,7 @@ class ExampleTests(SynchronousTestCase):
         (end,) = acceptor.receive([memoryview(hello)], 0.0)
         assert isinstance(end, LinkEnded)
         self.assertEqual(end.code, ErrorCode.VERSION_UNSUPPORTED)
-        self.assertEqual(b"".join(acceptor.data_to_send(1000)).hex(" "), expected.hex(" "))
+        self.assertEqual(b"".join(acceptor.data_to_send(1000, 0.0)).hex(" "), expected.hex(" "))
         dialer = Link(local=Limits(), now=0.0, hello=DIALER)
         (end,) = dialer.receive([memoryview(expected)], 0.0)
         assert isinstance(end, LinkEnded)
@@ -581,7 +581,7 @@ class ExampleTests(SynchronousTestCase):
         assert isinstance(event, ResumeReceived)
         self.assertTrue(event.resume.is_proven_by(ticket, Role.DIALER, b""))
         link.reject(ErrorCode.UNKNOWN_SESSION, "there is no such session here; begin a new one")
-        self.assertEqual(b"".join(link.data_to_send(1000)).hex(" "), answer.hex(" "))
+        self.assertEqual(b"".join(link.data_to_send(1000, 0.0)).hex(" "), answer.hex(" "))
         self.assertIs(link.state, LinkState.ENDED)
 
 

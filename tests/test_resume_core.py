@@ -282,7 +282,7 @@ class Half:
             assert isinstance(event, ResumeReceived)
             assert self.held.refusal(event.resume, "dns:far", b"") is None
             link.resumed(self.held.agree(event.resume, b"")[0])
-        [self.greeting] = parse(join(link.data_to_send(1 << 20)))
+        [self.greeting] = parse(join(link.data_to_send(1 << 20, 0.0)))
         if self.dialing:
             answer = payload_of(2, generation=self.held.generation, rx_next=offset)
             [answered] = run(link, frame(RESUMED, 0, answer))
@@ -295,7 +295,7 @@ class Half:
 
     def say(self, limit: int = 1 << 20) -> bytes:
         """@return: the sequenced bytes that it wants to send in one go."""
-        frames = parse(join(self.link.data_to_send(limit)))
+        frames = parse(join(self.link.data_to_send(limit, 0.0)))
         return b"".join(frame(*said) for said in frames if said[0] >= 0x10)
 
     def hear(self, data: bytes) -> list[Event]:
@@ -459,17 +459,17 @@ class LinkTests(SynchronousTestCase):
         """RESUME is the first thing said, and nothing follows before the answer."""
         link = Link(local=LIMITS, now=0.0, resume=payload_of())
         self.assertIs(link.state, LinkState.RESUMED)
-        self.assertEqual(parse(join(link.data_to_send(1 << 20))), [(RESUME, 0, payload_of())])
-        self.assertEqual(link.data_to_send(1 << 20), [])
+        self.assertEqual(parse(join(link.data_to_send(1 << 20, 0.0))), [(RESUME, 0, payload_of())])
+        self.assertEqual(link.data_to_send(1 << 20, 0.0), [])
 
     def test_literal(self) -> None:
         """The header in front of it."""
         link = Link(local=LIMITS, now=0.0, resume=payload_of())
-        self.assertEqual(join(link.data_to_send(1 << 20))[:12], unhex("03 00 0000 00000000 00000066"))
+        self.assertEqual(join(link.data_to_send(1 << 20, 0.0))[:12], unhex("03 00 0000 00000000 00000066"))
         link = Link(local=LIMITS, now=0.0)
         run(link, frame(RESUME, 0, payload_of()))
         link.resumed(payload_of(2))
-        self.assertEqual(join(link.data_to_send(1 << 20))[:12], unhex("04 00 0000 00000000 00000066"))
+        self.assertEqual(join(link.data_to_send(1 << 20, 0.0))[:12], unhex("04 00 0000 00000000 00000066"))
 
     def test_accepting(self) -> None:
         """RESUME is reported and waits for the decision."""
@@ -478,14 +478,14 @@ class LinkTests(SynchronousTestCase):
         assert isinstance(event, ResumeReceived)
         self.assertEqual(event.resume.generation, 3)
         self.assertIs(link.state, LinkState.DECISION)
-        self.assertEqual(link.data_to_send(1 << 20), [])
+        self.assertEqual(link.data_to_send(1 << 20, 0.0), [])
 
     def assert_ends(self, link: Link, data: bytes, code: int, *, kind: int = REJECT) -> LinkEnded:
-        link.data_to_send(1 << 20)
+        link.data_to_send(1 << 20, 0.0)
         ended = run(link, data)[-1]
         assert isinstance(ended, LinkEnded)
         self.assertEqual(ended.code, code)
-        [(said, _, payload)] = parse(join(link.data_to_send(1 << 20)))
+        [(said, _, payload)] = parse(join(link.data_to_send(1 << 20, 0.0)))
         self.assertEqual((said, payload[:2]), (kind, u16(code)))
         return ended
 
@@ -552,7 +552,7 @@ class LinkTests(SynchronousTestCase):
         half = Half(dialing=True)
         half.hear(opening(2))
         link = Link(local=LIMITS, now=0.0, resume=half.held.ask(b""))
-        link.data_to_send(1 << 20)
+        link.data_to_send(1 << 20, 0.0)
         events = link.receive(
             [memoryview(frame(RESUMED, 0, payload_of(2, generation=2)) + frame(DATA, 2, b"abc"))], 0.0
         )
@@ -594,7 +594,7 @@ class LinkTests(SynchronousTestCase):
         late = frame(DATA, 1, b"cut in two")[15:] + frame(DATA, 1, b"more") + frame(ACK, 0, u64(12))
         self.assertEqual(run(old, late), [])
         self.assertEqual(run(old, frame(BYE, 0, u16(0))), [])
-        self.assertEqual(old.data_to_send(1 << 20), [])
+        self.assertEqual(old.data_to_send(1 << 20, 0.0), [])
         self.assertEqual(old.handle_timer(1e9), [])
         self.assertEqual(old.next_timer(), float("inf"))
         self.assertEqual((half.session.rx_next, half.session.replay.acknowledged), (before, 0))
@@ -737,7 +737,7 @@ class GoingOnTests(SynchronousTestCase):
             self.assertEqual(decode_resume(half.greeting[2]).rx_next, 16)
             self.assertEqual(half.session.rx_acknowledged, 16)
             half.link.handle_timer(1.0)
-            self.assertNotIn(ACK, [kind for kind, _, _ in parse(join(half.link.data_to_send(1 << 20)))])
+            self.assertNotIn(ACK, [kind for kind, _, _ in parse(join(half.link.data_to_send(1 << 20, 0.0)))])
 
     def test_credit_counts_once(self) -> None:
         """Data that is said again takes no credit again, at neither side."""

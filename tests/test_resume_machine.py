@@ -36,12 +36,17 @@ from relaymux.net.link import LinkProtocol
 from relaymux.net.stream import StreamTransport
 from relaymux.testing.memory import MemoryConnection
 from relaymux.testing.recording import Recorder
+from tests.accounting import assert_accounted
 from tests.resuming import SMALL, Host, Hosts, Server, Talker, Wire, begin, difference
 from tests.wire import RESUME, frame, hello
 
 EXAMPLES = int(os.environ.get("RELAYMUX_EXAMPLES", "0"))
 
 LIMITS = replace(SMALL, max_streams=4, resume_window=20.0)
+
+#: Bytes that each host may hold, if that is counted: enough for all streams that there
+#: may be, and some to grow into.
+MEMORY = 16 * 1024 * 1024
 #: Why a session may end here.  Anything else, above all a protocol error, is a bug.
 REASONS = (
     ErrorCode.SESSION_EXPIRED,
@@ -120,6 +125,7 @@ class Daemons(RuleBasedStateMachine):
         buffers=st.booleans(),
         seed=st.one_of(st.none(), st.integers(0, 1000)),
         capacity=st.sampled_from([300, 2000, 20_000]),
+        memory=st.sampled_from([None, MEMORY]),
     )
     def begin(
         self,
@@ -128,13 +134,20 @@ class Daemons(RuleBasedStateMachine):
         buffers: bool,
         seed: int | None,
         capacity: int,
+        memory: int | None,
     ) -> None:
         """Two hosts with small limits, connected."""
         one, other = (
             replace(LIMITS, window=window, replay=size) for window, size in zip(windows, replays, strict=True)
         )
         self.hosts = Hosts(
-            limits=one, other=other, buffers=buffers, seed=seed, capacity=capacity, pumped=True
+            limits=one,
+            other=other,
+            buffers=buffers,
+            seed=seed,
+            capacity=capacity,
+            pumped=True,
+            memory=memory,
         )
         self.models: list[Model] = []
         self.late: list[Late] = []
@@ -405,6 +418,15 @@ class Daemons(RuleBasedStateMachine):
             self.check_streams()
             self.check_links()
             self.check_both()
+            self.check_memory()
+
+    def check_memory(self) -> None:
+        """What sessions have promised and hold is drawn, with a link and without."""
+        for host in self.hosts.ends:
+            if host.budget is not None:
+                held = host.peer._held
+                sessions = [held.streams.session] if held is not None else []
+                assert_accounted(host.budget, [host.limits.replay], sessions)
 
     def check_streams(self) -> None:
         """Of each direction what arrived is the beginning of what was said; the ends are right."""

@@ -142,7 +142,7 @@ class Core:
 
     def raw(self, limit: int = 1 << 30) -> bytes:
         """@return: the bytes it wants to send now."""
-        return join(self.link.data_to_send(limit))
+        return join(self.link.data_to_send(limit, self.now))
 
     def say(self, limit: int = 1 << 30) -> list[Said]:
         """@return: the frames it wants to send now."""

@@ -19,6 +19,14 @@ class StreamOpened:
 
 
 @dataclass(frozen=True)
+class StreamCrowdedOut:
+    """The peer opened a stream to C{service} and was refused: there is no memory for it."""
+
+    stream_id: int
+    service: str
+
+
+@dataclass(frozen=True)
 class StreamAccepted:
     """The peer's end of a stream that we opened is connected."""
 
@@ -153,6 +161,7 @@ class LinkEnded:
 
 Event = (
     StreamOpened
+    | StreamCrowdedOut
     | StreamAccepted
     | StreamRefused
     | DataReceived

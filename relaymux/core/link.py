@@ -154,6 +154,9 @@ class Link:
         # Whoever is the less patient of the two decides how often both speak.
         self._ping_interval = min(self._silence, remote.silence) / PINGS_PER_SILENCE
         self._ping_at = now + self._ping_interval
+        session.linked()
+        # While nothing else is on its way yet, so that the answer tells what the way takes.
+        self._ping_now = session.growth is not None
 
     def reject(self, code: int, text: str) -> LinkEnded:
         """Refuse the peer; the connection is to be closed when this was sent."""
@@ -196,19 +199,21 @@ class Link:
         if session is not None and self._ack_at is None and session.rx_next > session.rx_acknowledged:
             self._ack_at = now + ACK_SECONDS
 
-    def data_to_send(self, limit: int) -> list[Buffer]:
+    def data_to_send(self, limit: int, now: float) -> list[Buffer]:
         """
         @param limit: stop after about this many bytes of data; control frames always go.
+        @param now: seconds.
         @return: buffers to be sent in this order; empty if there is nothing.
         """
         out, self._out = self._out, []
         session = self.session
         if session is not None:
-            frames = session.data_to_send(limit)
+            frames = session.data_to_send(limit, now)
             if self._ack_now or session.ack_due or (frames and session.ack_worthwhile):
                 out.append(self._ack(session))
             if self._ping_now:
                 self._ping_now = False
+                self._ping_sent = now
                 self._ping_number += 1
                 out.append(encode(Kind.PING, 0, OFFSET.pack(self._ping_number)))
             if self._pong is not None:
@@ -252,8 +257,8 @@ class Link:
             self._ack_now = session.rx_next > session.rx_acknowledged
         if now >= self._ping_at:
             self._ping_at = now + self._ping_interval
-            self._ping_sent = now
             self._ping_now = True
+            session.rest()
         return []
 
     # Frames of the link itself.
@@ -295,6 +300,8 @@ class Link:
             if self._ping_sent is not None and number == self._ping_number:
                 self.round_trip = max(0.0, now - self._ping_sent)
                 self._ping_sent = None
+                if session.growth is not None:
+                    session.growth.heard_round_trip(self.round_trip)
         elif kind == Kind.BYE:
             code, text = decode_coded_text(payload, "BYE")
             return [self._end(code, text, by_peer=True, session_over=True)]

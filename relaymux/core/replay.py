@@ -19,11 +19,14 @@ from relaymux.errors import ErrorCode, RemoteProtocolError
 #: thousand frames, of which a peer that acknowledges at all never leaves so many.
 HEAD_ROOM = 256 * 1024
 
-
 #: Bytes of memory that a frame costs here beside its own: its tuple, list and header
 #: objects.  Without it, a capacity filled by frames of a few bytes would be exceeded
 #: several times over.
 FRAME_COST = 256
+
+
+#: Times its own length that what is held without a link may pin of others' memory.
+PINNED_SHARE = 4
 
 
 class ReplayBuffer:
@@ -33,11 +36,15 @@ class ReplayBuffer:
     C{capacity} bounds what DATA frames may fill.  Control frames may exceed it
     by L{HEAD_ROOM}: holding back a CREDIT because data is unacknowledged could
     stop both sides for good.
+
+    @ivar least: what C{capacity} began with, and does not fall below.
+    @ivar widened_at: C{acknowledged} when C{capacity} was last raised.
     """
 
     def __init__(self, capacity: int) -> None:
         """@param capacity: bytes of unacknowledged frames at which DATA waits."""
-        self.capacity = capacity
+        self.capacity = self.least = capacity
+        self.widened_at = 0
         self.end = 0
         self.acknowledged = 0
         self._frames: deque[tuple[int, Sequence[Buffer]]] = deque()
@@ -92,3 +99,20 @@ class ReplayBuffer:
     def unacknowledged(self) -> Iterator[Sequence[Buffer]]:
         """@return: the frames that are held, oldest first."""
         return (buffers for _, buffers in self._frames)
+
+    def compact(self) -> None:
+        """
+        See that what is held for long pins little more memory than it is long.
+
+        Frames are views of buffers that others share.  With a link those are wanted
+        for a round trip; without one for as long as the session is kept.
+        """
+        pinned = {
+            id(buffer.obj): memoryview(buffer.obj).nbytes
+            for _, buffers in self._frames
+            for buffer in buffers
+            if isinstance(buffer, memoryview)
+        }
+        if sum(pinned.values()) <= PINNED_SHARE * self.held_bytes:
+            return
+        self._frames = deque((end, (b"".join(buffers),)) for end, buffers in self._frames)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
+from relaymux.core.budget import Account
 from relaymux.core.events import (
     DataReceived,
     Event,
     GoawayReceived,
     SendingStopped,
     StreamAccepted,
+    StreamCrowdedOut,
     StreamFinished,
     StreamOpened,
     StreamRefused,
@@ -27,7 +29,7 @@ from relaymux.core.handshake import (
     decode_coded_text,
     decode_extensions,
 )
-from relaymux.core.speaking import CLOSED, CREDIT, FIN, RESET, STOP, Speaker
+from relaymux.core.speaking import CLOSED, CREDIT, FIN, NO_MEMORY, RESET, STOP, Speaker
 from relaymux.core.stream import ReceiveState, SendState, Stream
 from relaymux.errors import ErrorCode, RemoteProtocolError
 
@@ -40,9 +42,11 @@ class Session(Speaker):
     accepted, and a new link goes on behind them.
     """
 
-    def __init__(self, *, dialing: bool, local: Limits, remote: Limits) -> None:
+    def __init__(
+        self, *, dialing: bool, local: Limits, remote: Limits, account: Account | None = None
+    ) -> None:
         """See L{Speaker}."""
-        super().__init__(dialing=dialing, local=local, remote=remote)
+        super().__init__(dialing=dialing, local=local, remote=remote, account=account)
         self._handlers: dict[int, Callable[[Frame], list[Event]]] = {
             Kind.OPEN: self._on_open,
             Kind.OPENED: self._on_opened,
@@ -95,9 +99,14 @@ class Session(Speaker):
                 ErrorCode.FLOOD, f"more than the allowed {self._local.max_streams} streams", stream_id
             )
         self._next_peer_id += 2
-        self._add_stream(stream_id, name, outgoing=False)
+        paid = self._may_begin()
+        self._add_stream(stream_id, name, outgoing=False, paid=paid)
         if self._goaway_sent:
             return self.refuse(stream_id, ErrorCode.SHUTTING_DOWN, "shutting down")
+        if not paid:
+            # What came with OPEN, up to a window, is dropped as it arrives.
+            refused = self.refuse(stream_id, ErrorCode.TOO_MANY_STREAMS, NO_MEMORY)
+            return [StreamCrowdedOut(stream_id, name), *refused]
         return [StreamOpened(stream_id, name)]
 
     def _on_opened(self, frame: Frame) -> list[Event]:

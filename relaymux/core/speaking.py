@@ -16,11 +16,13 @@ from collections import deque
 from collections.abc import Sequence
 from struct import Struct
 
+from relaymux.core.budget import STREAM_WRITES, Account, stream_beginning
 from relaymux.core.events import (
     Event,
     StreamClosed,
 )
 from relaymux.core.frames import HEADER_BYTES, Buffer, Kind, data_header, encode
+from relaymux.core.growth import Growth
 from relaymux.core.handshake import (
     NAME,
     Limits,
@@ -52,6 +54,9 @@ ACK_RIDE_SHARE = 4
 
 LAST_STREAM_ID = 2**32 - 1
 
+#: Why a stream cannot be, for logs and for the peer.
+NO_MEMORY = "there is no memory left for another stream"
+
 
 class Speaker:
     """
@@ -59,14 +64,20 @@ class Speaker:
 
     @ivar rx_next: bytes of the peer's sequenced frames accepted so far.
     @ivar streams: the streams that are not forgotten yet, by id.
+    @ivar growth: what windows and the replay buffer may grow by; L{None} if they stay as they began.
     """
 
-    def __init__(self, *, dialing: bool, local: Limits, remote: Limits) -> None:
+    def __init__(
+        self, *, dialing: bool, local: Limits, remote: Limits, account: Account | None = None
+    ) -> None:
         """
         @param dialing: whether this side dialled: it uses odd stream ids.
-        @param local: what we told the peer; C{local.replay} bounds our replay buffer.
+        @param local: what we told the peer; windows and the replay buffer begin with it.
         @param remote: what the peer told us.
+        @param account: what streams and growth draw from, closed with the session;
+            L{None} if nobody counts.
         """
+        self.growth = Growth(account) if account is not None else None
         self._local = local
         self._remote = remote
         self._next_id = 1 if dialing else 2
@@ -107,6 +118,8 @@ class Speaker:
         stream_id = self._next_id
         if stream_id > LAST_STREAM_ID:
             raise LocalError("the session has used all its stream ids")
+        if not self._may_begin():
+            raise LocalError(f"{NO_MEMORY}: set a larger memory in [relay], or smaller windows")
         self._next_id += 2
         self._add_stream(stream_id, service, outgoing=True)
         name = service.encode("ascii")
@@ -135,6 +148,7 @@ class Speaker:
         stream.send.reset()
         if stream.receive.state in (ReceiveState.OPEN, ReceiveState.FINISHED):
             stream.receive.stop()
+            self._end_window(stream)
         self._queue(Kind.REFUSED, stream_id, encode_coded_text(code, text))
         return self._end_receive(stream, code)
 
@@ -172,6 +186,7 @@ class Speaker:
         stream = self._stream(stream_id)
         if stream.receive.stop():
             self._queue(Kind.STOP_SENDING, stream_id, STOP.pack(code))
+        self._end_window(stream)
         return self._end_receive(stream, code)
 
     def abort(self, stream_id: int, code: int) -> list[Event]:
@@ -202,6 +217,11 @@ class Speaker:
         if stream.receive.consume(count) or self._goaway_received:
             self._credit_due[stream_id] = None
         return self._end_receive(stream, ErrorCode.NO_ERROR)
+
+    def close(self) -> None:
+        """The session is over: give back what it has drawn."""
+        if self.growth is not None:
+            self.growth.account.close()
 
     def goaway(self, code: int, text: str) -> None:
         """Accept and open no new streams; said once."""
@@ -249,6 +269,20 @@ class Speaker:
 
     # Towards the link.
 
+    def linked(self) -> None:
+        """A new link carries the session: what was known of the way there is void."""
+        if self.growth is not None:
+            self.growth.restart(stream.receive.window for stream in self.streams.values())
+
+    def park(self) -> None:
+        """There is no link, and perhaps will not be for long."""
+        self.replay.compact()
+
+    def rest(self) -> None:
+        """Give back what is not needed; to be called now and then."""
+        if self.growth is not None:
+            self.growth.narrow_replay(self.replay)
+
     def resume(self, offset: int) -> int:
         """
         Go on over a new link.
@@ -262,11 +296,12 @@ class Speaker:
         self.rx_acknowledged = self.rx_next
         return self.replay.held_bytes
 
-    def data_to_send(self, limit: int) -> list[Buffer]:
+    def data_to_send(self, limit: int, now: float) -> list[Buffer]:
         """
         Make frames.
 
         @param limit: stop after so many bytes, or one L{SHARED_FRAME} more; control frames always go.
+        @param now: seconds, of the clock that L{Link} is told.
         @return: buffers to be sent in this order; empty if there is nothing.
         """
         if self._again:
@@ -279,13 +314,18 @@ class Speaker:
             return out  # only a peer that acknowledges nothing gets here: let it wait, too
         if self._credit_due:
             for stream_id in self._credit_due:
-                window = self.streams[stream_id].receive.window
+                receive = self.streams[stream_id].receive
+                window = receive.window
+                if self.growth is not None and receive.state is ReceiveState.OPEN:
+                    self.growth.fit_window(window, now)
                 self._emit(out, encode(Kind.CREDIT, stream_id, CREDIT.pack(window.grant(), window.consumed)))
             self._credit_due.clear()
         size = 0
         while size < limit and self._turns:
             room = self.replay.room - HEADER_BYTES
             if room <= 0:
+                if self.growth is not None and self.growth.widen_replay(self.replay):
+                    continue
                 break
             # Little more than the limit, as all of it is in front of the next urgent frame.
             size += self._send_turn(out, min(room, max(SHARED_FRAME, limit - size)))
@@ -321,10 +361,19 @@ class Speaker:
 
     # Shared by the above.
 
-    def _add_stream(self, stream_id: int, service: str, *, outgoing: bool) -> None:
-        self.streams[stream_id] = Stream(
+    def _may_begin(self) -> bool:
+        """Whether there was memory for one more stream; it is drawn, for L{_add_stream} to note."""
+        return self.growth is None or self.growth.account.begin(stream_beginning(self._local.window))
+
+    def _add_stream(self, stream_id: int, service: str, *, outgoing: bool, paid: bool = True) -> None:
+        """@param paid: whether L{_may_begin}; a stream for which it is not is to be refused."""
+        stream = Stream(
             stream_id, service, outgoing=outgoing, credit=self._remote.window, window=self._local.window
         )
+        self.streams[stream_id] = stream
+        if paid and self.growth is not None:
+            stream.drawn = STREAM_WRITES
+            stream.receive.window.drawn = self._local.window
         if outgoing:
             self._opened_here += 1
         else:
@@ -349,14 +398,22 @@ class Speaker:
         if receive.state is not ReceiveState.ENDED:
             return []
         receive.state = ReceiveState.CLOSED
+        self._end_window(stream)
         self._credit_due.pop(stream.stream_id, None)
         self._queue(Kind.CLOSED, stream.stream_id, CLOSED.pack(code, receive.window.consumed))
         return self._forget_if_closed(stream)
+
+    def _end_window(self, stream: Stream) -> None:
+        """What still arrives in the peer's direction is not kept."""
+        if self.growth is not None:
+            self.growth.end_window(stream.receive.window)
 
     def _forget_if_closed(self, stream: Stream) -> list[Event]:
         if not stream.closed:
             return []
         del self.streams[stream.stream_id]
+        if self.growth is not None:
+            self.growth.account.give_back(stream.drawn)
         if stream.outgoing:
             self._opened_here -= 1
         else:

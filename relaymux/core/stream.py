@@ -230,16 +230,18 @@ class Stream:
 
     @ivar outgoing: whether this side opened it.
     @ivar answered: whether OPENED or REFUSED was sent or received.
+    @ivar drawn: bytes that it has of the session's account, beside its window's.
     @ivar last_control: the number, in its session, of the last control frame made for it.
     """
 
-    __slots__ = ("answered", "last_control", "outgoing", "receive", "send", "service", "stream_id")
+    __slots__ = ("answered", "drawn", "last_control", "outgoing", "receive", "send", "service", "stream_id")
 
     def __init__(self, stream_id: int, service: str, *, outgoing: bool, credit: int, window: int) -> None:
         self.stream_id = stream_id
         self.service = service
         self.outgoing = outgoing
         self.answered = False
+        self.drawn = 0
         self.last_control = 0
         self.send = SendHalf(stream_id, credit)
         self.receive = ReceiveHalf(stream_id, window)

@@ -10,6 +10,7 @@ its sender after one window, and nothing else.
 
 from __future__ import annotations
 
+from relaymux.core.meter import Meter
 from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
 
 #: Highest offset that is legal: leaves the top bit for sums that cannot overflow.
@@ -46,13 +47,22 @@ class SendWindow:
 
 
 class ReceiveWindow:
-    """What we let the peer send in one direction of one stream."""
+    """
+    What we let the peer send in one direction of one stream.
 
-    __slots__ = ("consumed", "granted", "received", "size")
+    @ivar size: bytes we are willing to hold.
+    @ivar least: what C{size} began with, and does not fall below.
+    @ivar drawn: bytes that this has of the session's account; see L{Growth}.
+    @ivar meter: of how fast the consumer takes bytes.
+    """
+
+    __slots__ = ("consumed", "drawn", "granted", "least", "meter", "received", "size")
 
     def __init__(self, size: int) -> None:
         """@param size: bytes we are willing to hold; also the credit the peer begins with."""
-        self.size = size
+        self.size = self.least = size
+        self.drawn = 0
+        self.meter = Meter()
         self.granted = size
         self.received = 0
         self.consumed = 0

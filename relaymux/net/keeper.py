@@ -21,6 +21,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from relaymux.core.budget import Account, Budget, link_beginning
 from relaymux.core.events import (
     Event,
     GoawayReceived,
@@ -34,7 +35,7 @@ from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import Link
 from relaymux.core.resume import Resume, Ticket
 from relaymux.core.session import Session
-from relaymux.errors import ErrorCode, SessionLost, TransportError, describe_code
+from relaymux.errors import ErrorCode, LocalError, SessionLost, TransportError, describe_code
 from relaymux.net.held import HeldSession
 from relaymux.net.link import LinkProtocol
 from relaymux.net.opening import WaitingRoom
@@ -98,12 +99,26 @@ class SessionKeeper:
     _log = Logger("relaymux.link")
 
     def __init__(
-        self, reactor: IReactorTime, name: str, identity: Identity, limits: Limits, *, dialing: bool
+        self,
+        reactor: IReactorTime,
+        name: str,
+        identity: Identity,
+        limits: Limits,
+        *,
+        dialing: bool,
+        budget: Budget | None = None,
     ) -> None:
         """
         @param limits: what this side accepts.
         @param dialing: whether this side makes the connection.
+        @param budget: what the link draws from for as long as this lives, and its
+            sessions for as long as they last; L{None} if nobody counts, and nothing
+            grows.
+        @raise LocalError: the budget has not what a link needs to begin with.
         """
+        if budget is not None and not budget.begin(link_beginning(limits.replay)):
+            raise LocalError(f"there is no memory left for link {name}")
+        self._budget = budget
         self.name = name
         self.daemon = ""
         self.expected_daemon = ""
@@ -304,7 +319,8 @@ class SessionKeeper:
         return service
 
     def _begin_session(self, link: LinkProtocol, remote: Hello, ticket: Ticket) -> None:
-        session = Session(dialing=self._dialing, local=self._limits, remote=remote.limits)
+        account = Account(self._budget) if self._budget is not None else None
+        session = Session(dialing=self._dialing, local=self._limits, remote=remote.limits, account=account)
         streams = SessionStreams(session, self.name, self._find_service, self.flush, self._quiet_log)
         window = min(self._limits.resume_window, remote.limits.resume_window)
         held = HeldSession(ticket, remote, streams, link.peer_identity, window)
@@ -402,6 +418,7 @@ class SessionKeeper:
         held.lost_at = self._reactor.seconds()
         held.timer = self._reactor.callLater(seconds, self._expired, held, seconds)
         session = held.streams.session
+        session.park()
         self._log.warn(
             "link {peer}: down: {text}; {streams} streams wait for the next connection, up to {seconds:g} s,"
             " {held} bytes from here not acknowledged",
@@ -436,3 +453,4 @@ class SessionKeeper:
             stuck=stuck,
         )
         streams.fail_all(SessionLost(f"link {self.name}: {text}", code))
+        streams.session.close()

@@ -168,9 +168,10 @@ class LinkProtocol(Protocol):
         if self._receiving or self._flushing or self._closing or self.transport is None:
             return
         self._flushing = True
+        now = self._reactor.seconds()
         try:
             while not self._paused:
-                buffers = self.link.data_to_send(FLUSH_BYTES)
+                buffers = self.link.data_to_send(FLUSH_BYTES, now)
                 if not buffers:
                     break
                 self._write(buffers)
@@ -188,7 +189,7 @@ class LinkProtocol(Protocol):
         if self._closing:
             return
         self._closing = True
-        buffers = self.link.data_to_send(FLUSH_BYTES)
+        buffers = self.link.data_to_send(FLUSH_BYTES, self._reactor.seconds())
         if buffers:
             self._write(buffers)
         self.transport.unregisterProducer()

@@ -18,6 +18,7 @@ from relaymux.core.events import (
     SendingStopped,
     StreamAccepted,
     StreamClosed,
+    StreamCrowdedOut,
     StreamFinished,
     StreamOpened,
     StreamRefused,
@@ -144,6 +145,9 @@ class SessionStreams:
             if isinstance(event, StreamOpened):
                 self._opened(event)
                 continue
+            if isinstance(event, StreamCrowdedOut):
+                self._crowded_out(event)
+                continue
             stream = self._streams.get(getattr(event, "stream_id", 0))
             if isinstance(event, StreamClosed):
                 self.undelivered += event.accepted - event.delivered
@@ -199,6 +203,15 @@ class SessionStreams:
                 stream=event.stream_id,
             )
             stream.abort(ErrorCode.INTERNAL_ERROR)
+
+    def _crowded_out(self, event: StreamCrowdedOut) -> None:
+        self._quiet_log.warn(
+            "memory",
+            "link {peer}: refused a stream to {service}: the memory of this daemon is used up;"
+            " set a larger memory in [relay], or smaller windows",
+            peer=self.peer_name,
+            service=event.service,
+        )
 
     def _closed(self, stream: StreamTransport, event: StreamClosed) -> None:
         missing = event.accepted - event.delivered

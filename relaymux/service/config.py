@@ -39,6 +39,7 @@ from relaymux.service.config_syntax import Section, parse_ini, read_text
 from relaymux.service.config_values import (
     GIB,
     KIB,
+    MIB,
     parse_addresses,
     parse_directory,
     parse_name,
@@ -66,7 +67,7 @@ __all__ = [
     "read_configuration",
 ]
 
-RELAY_KEYS: Final = ("name", "drain-timeout", "progress", "status", "runtime-directory")
+RELAY_KEYS: Final = ("name", "memory", "drain-timeout", "progress", "status", "runtime-directory")
 LINK_KEYS: Final = (
     "transport",
     "connect",
@@ -88,6 +89,8 @@ _NAMELESS: Final = ("relay", "libvirt")
 # on its way is 10 Gbit/s at 850 ms.
 _parse_window = size_between(16 * KIB, GIB)
 _parse_replay_buffer = size_between(64 * KIB, GIB)
+# Above the upper end are typing errors.
+_parse_memory = size_between(MIB, 1024 * GIB)
 # A busy host is silent for a good part of a second without being dead.
 _parse_silence = seconds_between(0.5, 3600)
 # An hour without a link is an incident that somebody looks at.
@@ -150,6 +153,7 @@ def _read_sections(
         name=name,
         links=tuple(links.values()),
         services=(*services, *(service for vm in vms if not vm.is_any for service in vm.services)),
+        memory=relay.get("memory", _parse_memory, sections.DEFAULT_MEMORY),
         drain_timeout=relay.get("drain-timeout", _parse_drain_timeout, sections.DEFAULT_DRAIN_TIMEOUT),
         progress=relay.get("progress", _parse_progress, sections.DEFAULT_PROGRESS),
         status=relay.get("status", partial(parse_socket_path, directory=directory), None),
@@ -194,6 +198,9 @@ def _read_link(section: Section, directory: Path) -> LinkSection:
         section.refuse_unknown((*LINK_KEYS, *own), f"a [link] section with transport = {transport.name}")
         options = {key: section.get(key, str, "") for key in own if key in section.values}
     role = section.role()
+    window = section.get("window", _parse_window, sections.DEFAULT_WINDOW)
+    # More than the replay buffer is never on its way to a window of the same size.
+    replay_buffer = max(window, sections.DEFAULT_REPLAY_BUFFER)
     return LinkSection(
         name=section.name,
         transport=section.values.get("transport", ""),
@@ -201,8 +208,8 @@ def _read_link(section: Section, directory: Path) -> LinkSection:
         addresses=section.get(role, parse_addresses, ()),
         options=options,
         directory=directory,
-        window=section.get("window", _parse_window, sections.DEFAULT_WINDOW),
-        replay_buffer=section.get("replay-buffer", _parse_replay_buffer, sections.DEFAULT_REPLAY_BUFFER),
+        window=window,
+        replay_buffer=section.get("replay-buffer", _parse_replay_buffer, replay_buffer),
         max_streams=section.get("max-streams", parse_count, sections.DEFAULT_MAX_STREAMS),
         silence=section.get("silence", _parse_silence, sections.DEFAULT_SILENCE),
         resume_window=section.get("resume-window", _parse_resume_window, sections.DEFAULT_RESUME_WINDOW),

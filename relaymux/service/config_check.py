@@ -18,7 +18,7 @@ from relaymux.service.config_sections import (
     LinkSection,
     ServiceSection,
 )
-from relaymux.service.config_values import format_size
+from relaymux.service.config_values import MIB, format_size
 from relaymux.transports.registry import find_transport
 
 __all__ = ["check_configuration", "find_contradictions"]
@@ -30,7 +30,8 @@ def find_contradictions(configuration: Configuration) -> list[ConfigurationError
     @return: what the sections of it say against one another, or against themselves.
     """
     links = {link.name: link for link in configuration.links}
-    problems = [problem for link in configuration.links for problem in _link_contradictions(link)]
+    problems = list(_too_little_memory(configuration))
+    problems += [problem for link in configuration.links for problem in _link_contradictions(link)]
     problems += [problem for pair in combinations(configuration.links, 2) for problem in _same_address(*pair)]
     problems += _status_taken(configuration)
     any_vm = configuration.any_vm
@@ -74,6 +75,19 @@ def check_configuration(configuration: Configuration, reactor: object) -> list[C
         if service.role == "listen":
             problems += _socket_problems(service, will_be_made)
     return [problem.within(file=configuration.file) for problem in problems]
+
+
+def _too_little_memory(configuration: Configuration) -> Iterator[ConfigurationError]:
+    least = configuration.least_memory()
+    if configuration.memory < least:
+        yield ConfigurationError(
+            f"{len(configuration.links)} links and {len(configuration.services)} services, with their sizes,"
+            " need more to begin with",
+            section="relay",
+            key="memory",
+            found=format_size(configuration.memory),
+            expected=f"at least {-(-least // MIB)}M, or a smaller replay-buffer or window",
+        )
 
 
 def _link_contradictions(link: LinkSection) -> Iterator[ConfigurationError]:

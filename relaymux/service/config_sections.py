@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from relaymux.core.budget import link_beginning, stream_beginning
 from relaymux.core.handshake import Limits
 from relaymux.interfaces import TransportSettings
+from relaymux.service.config_values import KIB, MIB
 
 __all__ = [
     "Configuration",
@@ -42,15 +44,19 @@ DEFAULT_PROGRESS = 10.0
 
 _LIMITS = Limits()
 
-#: Bytes.  A stream's rate is at most window / round trip: 4 MiB are 1 Gbit/s at
-#: 33 ms or 10 Gbit/s at 3 ms, twice what ssh allows; and it is what one stalled
-#: disk may cost in memory.
-DEFAULT_WINDOW = _LIMITS.window
+#: Bytes for all links together.  Half of it, which one stream alone can get, are 10
+#: Gbit/s at 200 ms; and it is little beside the guests of a host that moves them.
+DEFAULT_MEMORY = 512 * MIB
 
-#: Bytes.  It is the window of the whole link: 1 Gbit/s at 100 ms or 10 Gbit/s at
-#: 10 ms are 12.5 MB on their way, to which comes up to 1 MiB until the next
-#: acknowledgement and what the two kernels hold.
-DEFAULT_REPLAY_BUFFER = _LIMITS.replay
+#: Bytes that a stream begins with, and always has.  No more, since it is promised
+#: before anybody knows whether the stream is a bulk one, and 250 of them fit into the
+#: part of the memory that is kept for them; no less, since what asks and waits for
+#: the answer (NBD with requests of 64 KiB) should not depend on growth.
+DEFAULT_WINDOW = 256 * KIB
+
+#: Bytes that a link begins with, and always has.  Eight times as much as a peer
+#: leaves unacknowledged, so that its acknowledgements are no more than they need be.
+DEFAULT_REPLAY_BUFFER = 4 * MIB
 
 #: QEMU's NBD server takes a hundred disks; twice that, and the migration's own
 #: channels.  Each is a file descriptor on both sides, of which a process usually
@@ -109,9 +115,9 @@ class LinkSection:
     @ivar directory: what relative file names in C{options} and C{addresses} are
         relative to; absolute.
     @ivar window: bytes of one stream this side is willing to hold before its
-        consumer took them.
+        consumer took them; more within the memory of the daemon.
     @ivar replay_buffer: bytes sent in the session that the peer may leave
-        unacknowledged.
+        unacknowledged; more within the memory of the daemon.
     @ivar max_streams: streams that the peer may have open at once.
     @ivar silence: seconds without any byte after which the link is dead.
     @ivar resume_window: seconds for which streams wait for another connection when
@@ -297,6 +303,7 @@ class Configuration:
     @ivar links: at least one, in the file's order.
     @ivar services: in the file's order, then those of all C{vms} with a name; may be empty.
     @ivar vms: in the file's order.
+    @ivar memory: bytes that may be promised and held for all links.
     @ivar drain_timeout: seconds that SIGTERM waits for open streams.
     @ivar progress: seconds between two lines on what moves; 0: none.
     @ivar status: the socket at which the daemon tells its state; absolute.
@@ -308,12 +315,20 @@ class Configuration:
     name: str
     links: tuple[LinkSection, ...]
     services: tuple[ServiceSection, ...] = ()
+    memory: int = DEFAULT_MEMORY
     drain_timeout: float = DEFAULT_DRAIN_TIMEOUT
     progress: float = DEFAULT_PROGRESS
     status: Path | None = None
     runtime_directory: Path | None = None
     libvirt: LibvirtSection = LibvirtSection()
     vms: tuple[VmSection, ...] = ()
+
+    def least_memory(self) -> int:
+        """@return: bytes with which every link can be, and one connection of every service."""
+        windows = {link.name: link.window for link in self.links}
+        return sum(link_beginning(link.replay_buffer) for link in self.links) + sum(
+            stream_beginning(windows[service.link]) for service in self.services if service.link in windows
+        )
 
     @property
     def any_vm(self) -> VmSection | None:

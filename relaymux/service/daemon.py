@@ -15,6 +15,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from relaymux.core.budget import Budget
 from relaymux.core.handshake import Limits
 from relaymux.errors import ConfigurationError, RelaymuxError
 from relaymux.net.dialer import Dialer, LinkPort
@@ -55,6 +56,7 @@ class RelayService(Service):
         self._status: StatusSocket | None = None
         self._progress = LoopingCall(self._sockets.tell_progress)
         self._progress.clock = reactor
+        self._budget = Budget(configuration.memory)
         identity = Identity(configuration.name, os.urandom(16))
         for link in configuration.links:
             self._add_link(link, identity)
@@ -156,7 +158,7 @@ class RelayService(Service):
             resume_window=section.resume_window,
         )
         dialing = section.role == "connect"
-        peer = Peer(self._reactor, section.name, identity, limits, dialing=dialing)
+        peer = Peer(self._reactor, section.name, identity, limits, dialing=dialing, budget=self._budget)
         if any(section.name in vm.links for vm in self._configuration.vms):
             peer.expected_daemon = section.name
         transport = find_transport(section.transport)

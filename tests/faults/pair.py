@@ -44,9 +44,10 @@ THOROUGH = bool(os.environ.get("RELAYMUX_THOROUGH"))
 KIB, MIB = 1024, 1024 * 1024
 
 #: Limits with which little traffic is many windows and replay buffers.
-SMALL = ("window = 64K", "replay-buffer = 256K")
+SMALL = ("memory = 6M", "window = 64K", "replay-buffer = 256K")
 
-#: Bytes of each flow that are more than four windows, and together more than two replay buffers, of L{SMALL}.
+#: Bytes of each flow that are more than four windows, and together more than two replay buffers, of L{SMALL},
+#: even if one of them grows by what the memory lets it.
 SMALL_FLOW = 4 * MIB + 12345
 
 _Test = Callable[[Any], Any]
@@ -186,7 +187,7 @@ class Pair:
         fake_clock: str = "",
     ) -> None:
         """
-        @param options: lines for both C{[link]} sections.
+        @param options: lines for both C{[link]} sections, or C{memory} for both C{[relay]} sections.
         @param section: lines for C{a}'s C{[stream]} section.
         @param fake_clock: the library that gives both daemons the wall clock that
             the file C{clock} says.
@@ -259,13 +260,14 @@ class Pair:
         }
         for daemon, other in ((self.a, "hv-b"), (self.b, "hv-a")):
             lines = ["[relay]", f"name = {daemon.name}", "drain-timeout = 3"]
+            lines += [option for option in options if option.startswith("memory")]
             lines += [f"[link {other}]", "transport = tls", addresses[daemon.name]]
             lines += [
                 f"certificate = {self.pki}/{daemon.name}.example.pem",
                 f"private-key = {self.pki}/{daemon.name}.example.key",
                 f"ca = {self.pki}/ca.pem",
                 f"peer = {other}.example",
-                *options,
+                *(option for option in options if not option.startswith("memory")),
                 "[stream s]",
                 f"link = {other}",
             ]

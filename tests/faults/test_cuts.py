@@ -17,7 +17,7 @@ from tests.faults.pair import (
 from tests.faults.traffic import PATIENCE, wait_until
 
 #: Limits between the small ones and those of production.
-MEDIUM = ("window = 256K", "replay-buffer = 2M")
+MEDIUM = ("memory = 32M", "window = 256K", "replay-buffer = 2M")
 
 
 class CutTestCase(FaultTestCase):

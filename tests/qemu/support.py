@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,18 +181,29 @@ class RelayedTestCase(QemuTestCase):
         *,
         cuts: int = 0,
         disk_mib: int = 64,
-        link_options: Sequence[str] = (),
+        small: bool = False,
     ) -> None:
         """
         Migrate; every check must pass.
 
         @param cuts: how often to cut the link meanwhile.
+        @param small: with the smallest windows and replay buffer that a file may have,
+            and little memory for them to grow into.
         """
+        link_options = ("window = 16K", "replay-buffer = 64K") if small else ()
+        relay_options = ("memory = 4M",) if small else ()
         if mode is Mode.POSTCOPY and self.tools.version < (7, 1):
             raise SkipTest(f"{self.tools.description} has no postcopy-preempt; 7.1 has")
 
         async def scenario() -> list[Check]:
-            relays = RelayPair(self.directory, transport, SELECTED_DISKS, link_options, proxied=cuts > 0)
+            relays = RelayPair(
+                self.directory,
+                transport,
+                SELECTED_DISKS,
+                link_options,
+                relay_options=relay_options,
+                proxied=cuts > 0,
+            )
             async with relays:
                 rehearsal = Rehearsal(
                     self.tools, self.directory, relays, mode=mode, memory=80, disk_bytes=disk_mib << 20

@@ -68,7 +68,7 @@ class ThoroughCutMigrationTests(RelayedTestCase):
 
     def test_plain_tcp(self) -> None:
         """Twelve cuts through TCP, with the smallest windows and replay buffer that a file may have."""
-        self.migrate("tcp", Mode.PLAIN, cuts=12, link_options=("window = 16K", "replay-buffer = 64K"))
+        self.migrate("tcp", Mode.PLAIN, cuts=12, small=True)
 
     def test_postcopy_tls(self) -> None:
         """Two cuts when the guest has moved and half of its memory has not."""

@@ -29,7 +29,7 @@ class RelayedMigrationTests(RelayedTestCase):
 
     def test_plain_tcp(self) -> None:
         """Through TCP, with the smallest windows and replay buffer that a file may have."""
-        self.migrate("tcp", Mode.PLAIN, link_options=("window = 16K", "replay-buffer = 64K"))
+        self.migrate("tcp", Mode.PLAIN, small=True)
 
 
 class FarSideMissingTests(QemuTestCase):

@@ -89,6 +89,7 @@ class RelayPair:
     @ivar transport: one of L{TRANSPORTS}.
     @ivar disks: the disks that have a socket of their own.
     @ivar link_options: further lines for both C{[link]} sections.
+    @ivar relay_options: further lines for both C{[relay]} sections.
     @ivar proxied: whether there is a proxy between the two.
     @ivar proxy: that, once started.
     @ivar statuses: the daemons' exit statuses, once closed.
@@ -101,6 +102,7 @@ class RelayPair:
     transport: str = "tls"
     disks: Sequence[str] = ()
     link_options: Sequence[str] = ()
+    relay_options: Sequence[str] = ()
     proxied: bool = False
     proxy: LinkProxy | None = None
     statuses: list[int] = field(default_factory=list)
@@ -236,7 +238,7 @@ class RelayPair:
         ends = (self.source, "hv-b", "connect", address), (self.destination, "hv-a", "listen", target)
         for daemon, other, role, where in ends:
             this = daemon.name
-            lines = ["[relay]", f"name = {this}", "drain-timeout = 5"]
+            lines = ["[relay]", f"name = {this}", "drain-timeout = 5", *self.relay_options]
             lines += [f"[link {other}]", f"transport = {self.transport}", f"{role} = {where}"]
             if self.transport == "tls":
                 lines += [
