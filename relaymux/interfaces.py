@@ -19,6 +19,7 @@ __all__ = [
     "Buffer",
     "IBufferReceiver",
     "IBufferTransport",
+    "IExpectingTransport",
     "IExportingTransport",
     "IHalfReadTransport",
     "IIdentifiedTransport",
@@ -95,6 +96,19 @@ class IIdentifiedTransport(Interface):
         C{connectionMade}.
         """
     )
+
+
+class IExpectingTransport(Interface):
+    """A connected transport that can let received bytes gather before it wakes anybody for them."""
+
+    def expectBytes(count: int) -> None:
+        """
+        A hint: of the bytes that are still to come nothing can be used before
+        C{count} more have arrived.  It holds until the next call, so a protocol
+        that was told of less, or waits for a time, says it anew; 0 asks for
+        whatever arrives, at once.  The transport may call C{buffersReceived}
+        earlier, and does so at the end of the connection.
+        """
 
 
 class IExportingTransport(Interface):

@@ -123,6 +123,11 @@ class FrameDecoder:
         self._pieces: list[memoryview] = []
         self._small: bytearray | None = None  # tail of the pieces, still growing
 
+    @property
+    def missing(self) -> int:
+        """Bytes without which the frame that is arriving cannot be given out."""
+        return self._missing
+
     def feed(self, data: memoryview) -> Iterable[Frame]:
         """
         Yield the frames that C{data} completes, oldest first.

@@ -123,6 +123,11 @@ class Link:
         """Whether the link is over: what is queued may still be sent."""
         return self.state is LinkState.ENDED
 
+    @property
+    def missing(self) -> int:
+        """Bytes that have to arrive before anything can be done with them; 0 if that is not known."""
+        return self._decoder.missing
+
     # Calls from this side.
 
     def welcome(self, welcome: Welcome) -> None:

@@ -6,6 +6,7 @@ from socket import (
     AF_UNIX,
     IPPROTO_TCP,
     SO_KEEPALIVE,
+    SO_RCVLOWAT,
     SO_SNDBUF,
     SOL_SOCKET,
     TCP_NODELAY,
@@ -34,6 +35,13 @@ NOTSENT_LOWAT = 512 * 1024
 #: is lost; the kernel's own patience is about 15 minutes.
 USER_TIMEOUT = 20_000
 
+#: Bytes worth waiting for: fewer arrive in about the time that a wake-up takes.
+LEAST_EXPECTED = 64 * 1024
+
+#: Bytes waited for at most.  Twice as many are what the kernel makes room for, and
+#: bytes of more than this at once would fall out of the second-level cache.
+MOST_EXPECTED = 256 * 1024
+
 #: Bytes that a UNIX socket shall take at once, asked for: more than a bulk frame.
 #: Linux's default of 208 KiB is less, and every such write would be cut in two
 #: with a wait in between.  Without privileges the kernel grants up to twice
@@ -47,12 +55,20 @@ class TCPTransport(SocketTransport):
 
     _host: IPv4Address | IPv6Address
     _peer: IPv4Address | IPv6Address
+    _low_water = 1
 
     def getHost(self) -> IPv4Address | IPv6Address:
         return self._host
 
     def getPeer(self) -> IPv4Address | IPv6Address:
         return self._peer
+
+    def expectBytes(self, count: int) -> None:
+        """See L{IExpectingTransport}: the kernel wakes us when so many bytes have arrived (socket(7))."""
+        low_water = min(count, MOST_EXPECTED) if count >= LEAST_EXPECTED else 1
+        if low_water != self._low_water and self.connected:
+            self._low_water = low_water
+            self.socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, low_water)
 
     def getTcpNoDelay(self) -> bool:
         return bool(self.socket.getsockopt(IPPROTO_TCP, TCP_NODELAY))

@@ -30,6 +30,7 @@ from relaymux.core.resume import EXPORTER_BYTES, EXPORTER_LABEL
 from relaymux.interfaces import (
     IBufferReceiver,
     IBufferTransport,
+    IExpectingTransport,
     IExportingTransport,
     IIdentifiedTransport,
 )
@@ -88,6 +89,7 @@ class LinkProtocol(Protocol):
         self._lost = False
         self._told = False
         self._buffer_transport: IBufferTransport | None = None
+        self._expecting_transport: IExpectingTransport | None = None
         self._timer: IDelayedCall | None = None
         self._timer_at = float("inf")
         self._close_timer: IDelayedCall | None = None
@@ -112,6 +114,8 @@ class LinkProtocol(Protocol):
         self.link = self._make_link(self)
         if IBufferTransport.providedBy(self.transport):
             self._buffer_transport = self.transport
+        if IExpectingTransport.providedBy(self.transport):
+            self._expecting_transport = self.transport
         self.transport.registerProducer(self, True)
         self.flush()
         self._schedule()
@@ -138,6 +142,9 @@ class LinkProtocol(Protocol):
                 self._happened(event)
         finally:
             self._receiving = False
+        if self._expecting_transport is not None:
+            # A frame is given out as a whole: one wake-up for it is enough.
+            self._expecting_transport.expectBytes(self.link.missing)
         self.flush()
         self._schedule()
 
@@ -232,6 +239,10 @@ class LinkProtocol(Protocol):
 
     def _time_is_up(self) -> None:
         self._timer = None
+        if self._expecting_transport is not None:
+            # On a slow link the rest of a frame may take longer than the silence that is
+            # allowed: what has arrived of it until now counts as a sign of life.
+            self._expecting_transport.expectBytes(0)
         for event in self.link.handle_timer(self._reactor.seconds()):
             self._happened(event)
         self.flush()

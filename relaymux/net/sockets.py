@@ -46,7 +46,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from relaymux.interfaces import IBufferReceiver, IBufferTransport, IHalfReadTransport
+from relaymux.interfaces import (
+    IBufferReceiver,
+    IBufferTransport,
+    IExpectingTransport,
+    IHalfReadTransport,
+)
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.sending import SendingSocket
@@ -82,7 +87,7 @@ MEMORY_PAUSE = 0.1
 _SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 
 
-@implementer(IBufferTransport, IHalfReadTransport, ISystemHandle)
+@implementer(IBufferTransport, IExpectingTransport, IHalfReadTransport, ISystemHandle)
 class SocketTransport(SendingSocket):
     """A connected socket carrying one protocol."""
 
@@ -150,6 +155,9 @@ class SocketTransport(SendingSocket):
         self._paused = False
         if self.connected and self._input_open:
             self.startReading()
+
+    def expectBytes(self, count: int) -> None:
+        """See L{IExpectingTransport}.  UNIX sockets have nothing of the kind: they wake for any byte."""
 
     def doRead(self) -> None:
         if self._paused and not self.disconnecting:

@@ -11,6 +11,7 @@ there, and else the L{Engine} that does without.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from OpenSSL import SSL
@@ -21,7 +22,7 @@ from relaymux.net.buffers import BUFFER_SIZE, BufferPool
 __all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "Engine", "FastEngine", "make_engine"]
 
 #: Plain bytes encrypted before they are sent.
-BATCH = BUFFER_SIZE
+BATCH = 256 * 1024
 
 #: A batch encrypted: each record of 16 KiB grows by 22 bytes.  A pool with
 #: buffers of this size holds a batch in one.
@@ -34,13 +35,17 @@ _ROOM = 64 * 1024
 _RECORD = 16 * 1024
 
 _BINDINGS = (
+    "BIO_free",
+    "BIO_get_mem_data",
+    "BIO_new_mem_buf",
     "BIO_read",
-    "BIO_write",
+    "BIO_set_mem_eof_return",
     "SSL_ERROR_WANT_READ",
     "SSL_clear_mode",
     "SSL_get_error",
     "SSL_MODE_ENABLE_PARTIAL_WRITE",
     "SSL_read",
+    "SSL_set_bio",
     "SSL_write",
 )
 _ATTRIBUTES = ("_ssl", "_into_ssl", "_from_ssl", "_raise_ssl_error")
@@ -52,6 +57,7 @@ class Engine:
 
     @ivar connection: for what has no cost per byte: handshake, peer
         certificate, key export, shutdown.
+    @ivar error: why nothing more can be read; L{None} if that is not so.
     """
 
     def __init__(self, connection: SSL.Connection, pool: BufferPool) -> None:
@@ -61,15 +67,24 @@ class Engine:
         """
         self.connection = connection
         self._pool = pool
-        self._error: SSL.Error | None = None
+        self.error: SSL.Error | None = None
 
     @property
     def failed(self) -> bool:
         """Whether TLS is broken, so that OpenSSL encrypts nothing more.  An orderly end is no failure."""
-        return self._error is not None and not isinstance(self._error, SSL.ZeroReturnError)
+        return self.error is not None and not isinstance(self.error, SSL.ZeroReturnError)
+
+    def shake_hands(self) -> None:
+        """
+        Go on with the handshake.
+
+        @raise SSL.WantReadError: more must be fed.
+        @raise SSL.Error: it has failed.
+        """
+        self.connection.do_handshake()
 
     def feed(self, data: memoryview) -> None:
-        """Encrypted bytes have arrived; they are copied."""
+        """Encrypted bytes have arrived; they may be kept by reference until they are decrypted."""
         self.connection.bio_write(data)
 
     def read_into(self, room: memoryview) -> int:
@@ -80,8 +95,8 @@ class Engine:
         @raise SSL.ZeroReturnError: the peer has closed, in order.
         @raise SSL.Error: the peer broke TLS, or refused us with an alert.
         """
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         count = 0
         try:
             while count < len(room):
@@ -91,7 +106,7 @@ class Engine:
             return count
         except SSL.Error as error:
             # Bytes before what is wrong count.
-            self._error = error
+            self.error = error
             if not count:
                 raise
         return count
@@ -122,42 +137,88 @@ class Engine:
 
 
 class FastEngine(Engine):
-    """The same without copies in between."""
+    """
+    The same without copies in between.
+
+    What was received is not written into OpenSSL's own input BIO: each received
+    buffer is given to OpenSSL as a read-only BIO in its place.  OpenSSL says
+    SSL_ERROR_WANT_READ only when it has taken all of it (a record that is not
+    complete it keeps itself), and then the next one's turn has come.
+
+    What C{from_buffer} returns is always released by C{with}: CPython crashes when
+    its garbage collector meets a memoryview that such an object still refers to,
+    as in the frames of an exception's traceback.
+    """
 
     def __init__(self, connection: SSL.Connection, pool: BufferPool) -> None:
         super().__init__(connection, pool)
         raw: Any = connection
         self._ssl = raw._ssl
-        self._incoming = raw._into_ssl
         self._outgoing = raw._from_ssl
         self._raise = raw._raise_ssl_error
+        # OpenSSL frees its input BIO when the first buffer takes its place: pyOpenSSL
+        # must not use it any more, and refuses to without it.
+        raw._into_ssl = None
+        # Bounded by what the socket transport hands on at once, as all of it is read
+        # before more is fed.
+        self._fed: deque[memoryview] = deque()
+        self._reading: memoryview | None = None  # keeps alive what OpenSSL reads from
         # One call then writes all records of a batch.
         _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
 
+    def shake_hands(self) -> None:
+        while True:
+            try:
+                self.connection.do_handshake()
+            except SSL.WantReadError:
+                if not self._has_read():
+                    raise
+            else:
+                return
+
     def feed(self, data: memoryview) -> None:
-        with _from_buffer(data) as start:
-            if _lib.BIO_write(self._incoming, start, len(data)) != len(data):
-                raise MemoryError("OpenSSL cannot hold what was received")
+        self._fed.append(data)
+        if self._reading is None:
+            self._read_next()
+
+    def _has_read(self) -> bool:
+        """OpenSSL has read all it was given.  @return: whether there is another buffer for it."""
+        if self._fed:
+            self._read_next()
+            return True
+        self._reading = None
+        return False
+
+    def _read_next(self) -> None:
+        """Let OpenSSL read from the next buffer."""
+        data = self._reading = self._fed.popleft()
+        with _from_buffer(data) as start:  # valid for as long as the view lives
+            bio = _lib.BIO_new_mem_buf(start, len(data))
+        if bio == _ffi.NULL:
+            raise MemoryError("OpenSSL has no memory for a BIO")
+        _lib.BIO_set_mem_eof_return(bio, -1)  # at its end: try again later
+        _lib.SSL_set_bio(self._ssl, bio, self._outgoing)
 
     def read_into(self, room: memoryview) -> int:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         ssl, read, size, count = self._ssl, _lib.SSL_read, len(room), 0
         with _from_buffer(room) as start:
-            while count < size:
+            while True:
                 got = read(ssl, start + count, size - count)
-                if got <= 0:
+                if got > 0:
+                    count += got
+                    if count == size:
+                        return count
+                elif _lib.SSL_get_error(ssl, got) != _lib.SSL_ERROR_WANT_READ:
                     break
-                count += got
-            else:
-                return count
-        if _lib.SSL_get_error(ssl, got) == _lib.SSL_ERROR_WANT_READ:
-            return count
+                elif not self._has_read():
+                    return count
         try:
             # Asked at once: OpenSSL's errors wait in a queue that all connections share.
             self._raise(ssl, got)
         except SSL.Error as error:
-            self._error = error
+            self.error = error
             if not count:
                 raise
         return count
@@ -170,15 +231,24 @@ class FastEngine(Engine):
         if written <= 0:
             self._raise(self._ssl, written)
 
-    def _read_encrypted(self, room: memoryview) -> int:
-        with _from_buffer(room) as start:
-            count: int = _lib.BIO_read(self._outgoing, start, len(room))
-        return max(count, 0)
+    def take(self) -> list[memoryview]:
+        taken: list[memoryview] = []
+        missing = _lib.BIO_get_mem_data(self._outgoing, _NOWHERE)
+        while missing > 0:
+            room = self._pool.room(min(missing, _ROOM))
+            with _from_buffer(room) as start:
+                count = _lib.BIO_read(self._outgoing, start, len(room))
+            taken.append(self._pool.take(count))
+            missing -= count
+        return taken
 
 
 _lib: Any = getattr(SSL, "_lib", None)
 _ffi: Any = getattr(SSL, "_ffi", None)
 _from_buffer: Any = getattr(_ffi, "from_buffer", None)
+
+#: Where OpenSSL puts a pointer that nobody asks for.
+_NOWHERE: Any = None if _ffi is None else _ffi.new("char **")
 
 
 def make_engine(connection: SSL.Connection, pool: BufferPool) -> Engine:

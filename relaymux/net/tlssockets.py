@@ -46,6 +46,7 @@ from relaymux.errors import TransportError
 from relaymux.interfaces import (
     IBufferReceiver,
     IBufferTransport,
+    IExpectingTransport,
     IExportingTransport,
     IIdentifiedTransport,
 )
@@ -55,7 +56,7 @@ from relaymux.net.sockets import PLAIN_READ, READ_ROOM, SocketTransport
 from relaymux.net.tlscontext import TLSIdentity
 from relaymux.net.tlsengine import make_engine
 from relaymux.net.tlserrors import handshake_error, lost_error
-from relaymux.net.tlswriting import EncryptingConsumer
+from relaymux.net.tlswriting import RECORD, EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
 
@@ -112,7 +113,13 @@ class _Below(Protocol):
 
 
 @implementer(
-    ITransport, IConsumer, IPushProducer, IBufferTransport, IExportingTransport, IIdentifiedTransport
+    ITransport,
+    IConsumer,
+    IPushProducer,
+    IBufferTransport,
+    IExpectingTransport,
+    IExportingTransport,
+    IIdentifiedTransport,
 )
 class TLSTransport(EncryptingConsumer):
     """
@@ -178,7 +185,7 @@ class TLSTransport(EncryptingConsumer):
 
     def _shake_hands(self) -> None:
         try:
-            self._engine.connection.do_handshake()
+            self._engine.shake_hands()
         except SSL.WantReadError:
             self._send_encrypted()
             return
@@ -232,15 +239,20 @@ class TLSTransport(EncryptingConsumer):
     def stopProducing(self) -> None:
         self.loseConnection()
 
+    def expectBytes(self, count: int) -> None:
+        """See L{IExpectingTransport}."""
+        # A record counts when it is there as a whole, and OpenSSL may have most of one.
+        self._socket.expectBytes(count - RECORD)
+
     def _encrypted_received(self, buffers: Sequence[memoryview]) -> None:
+        if self._reason is not None or self._closing:
+            return
         for data in buffers:
-            if self._reason is not None or self._closing:
-                return
             self._engine.feed(data)
-            if self._protocol is None:
-                self._shake_hands()
-            if self._protocol is not None:
-                self._deliver()
+        if self._protocol is None:
+            self._shake_hands()
+        if self._protocol is not None:
+            self._deliver()
 
     def _deliver(self) -> None:
         """Pass on what OpenSSL has, unless the protocol has paused, and say so if that was the end."""
@@ -272,9 +284,10 @@ class TLSTransport(EncryptingConsumer):
             except SSL.Error as error:
                 ended = error
                 break
-            if not count:
+            if count:
+                buffers.append(self._pool.take(count))
+            if count < len(room) and self._engine.error is None:
                 break
-            buffers.append(self._pool.take(count))
         if buffers:
             receiver.buffersReceived(buffers)
         if ended is not None:
