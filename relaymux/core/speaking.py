@@ -253,6 +253,11 @@ class Speaker:
         return not self.rx_next and not self.replay.acknowledged
 
     @property
+    def has_control(self) -> bool:
+        """Whether a control frame or a CREDIT waits to be sent."""
+        return bool(self._control or self._credit_due)
+
+    @property
     def ack_due(self) -> bool:
         """Whether an ack should leave at once."""
         return self.rx_next - self.rx_acknowledged >= self._ack_bytes

@@ -285,7 +285,8 @@ class StreamTransport:
         events = self._session.consumed(self.stream_id, count)
         if events:
             self._streams.handle(events)
-        self._streams.flush()
+        if self._session.has_control:
+            self._streams.flush()
 
     # What the session's table tells us.
 
