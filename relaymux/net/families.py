@@ -64,7 +64,7 @@ class TCPTransport(SocketTransport):
         return self._peer
 
     def expectBytes(self, count: int) -> None:
-        """See L{IExpectingTransport}: the kernel wakes us when so many bytes have arrived (socket(7))."""
+        """See L{SocketTransport.expectBytes}; SO_RCVLOWAT, socket(7)."""
         low_water = min(count, MOST_EXPECTED) if count >= LEAST_EXPECTED else 1
         if low_water != self._low_water and self.connected:
             self._low_water = low_water

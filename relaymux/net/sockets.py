@@ -46,12 +46,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from relaymux.interfaces import (
-    IBufferReceiver,
-    IBufferTransport,
-    IExpectingTransport,
-    IHalfReadTransport,
-)
+from relaymux.interfaces import IBufferReceiver, IBufferTransport, IHalfReadTransport
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.sending import SendingSocket
@@ -87,7 +82,7 @@ MEMORY_PAUSE = 0.1
 _SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 
 
-@implementer(IBufferTransport, IExpectingTransport, IHalfReadTransport, ISystemHandle)
+@implementer(IBufferTransport, IHalfReadTransport, ISystemHandle)
 class SocketTransport(SendingSocket):
     """A connected socket carrying one protocol."""
 
@@ -157,7 +152,13 @@ class SocketTransport(SendingSocket):
             self.startReading()
 
     def expectBytes(self, count: int) -> None:
-        """See L{IExpectingTransport}.  UNIX sockets have nothing of the kind: they wake for any byte."""
+        """
+        Wake up, if the kernel can, when C{count} bytes have arrived and not before.
+
+        For TLS, whose cost per wake-up is high (L{IExpectingTransport}).  A plain
+        link is not told, as it loses more by reading and writing less at the same
+        time than it gains.  UNIX sockets have nothing of the kind.
+        """
 
     def doRead(self) -> None:
         if self._paused and not self.disconnecting:

@@ -17,16 +17,16 @@ from typing import Any
 from OpenSSL import SSL
 
 from relaymux.interfaces import Buffer
-from relaymux.net.buffers import BUFFER_SIZE, BufferPool
+from relaymux.net.buffers import BufferPool
 
 __all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "Engine", "FastEngine", "make_engine"]
 
 #: Plain bytes encrypted before they are sent.
-BATCH = 256 * 1024
+BATCH = 512 * 1024
 
 #: A batch encrypted: each record of 16 KiB grows by 22 bytes.  A pool with
 #: buffers of this size holds a batch in one.
-CIPHER_BUFFER_SIZE = BUFFER_SIZE + 8 * 1024
+CIPHER_BUFFER_SIZE = BATCH + 16 * 1024
 
 #: Free space wanted to read into.
 _ROOM = 64 * 1024
@@ -202,14 +202,15 @@ class FastEngine(Engine):
     def read_into(self, room: memoryview) -> int:
         if self.error is not None:
             raise self.error
-        ssl, read, size, count = self._ssl, _lib.SSL_read, len(room), 0
+        ssl, read, size = self._ssl, _lib.SSL_read, len(room)
+        count: int = 0
         with _from_buffer(room) as start:
             while True:
                 got = read(ssl, start + count, size - count)
                 if got > 0:
                     count += got
                     if count == size:
-                        return count
+                        return size
                 elif _lib.SSL_get_error(ssl, got) != _lib.SSL_ERROR_WANT_READ:
                     break
                 elif not self._has_read():
@@ -235,9 +236,9 @@ class FastEngine(Engine):
         taken: list[memoryview] = []
         missing = _lib.BIO_get_mem_data(self._outgoing, _NOWHERE)
         while missing > 0:
-            room = self._pool.room(min(missing, _ROOM))
+            room = self._pool.room(min(missing, self._pool.size))
             with _from_buffer(room) as start:
-                count = _lib.BIO_read(self._outgoing, start, len(room))
+                count: int = _lib.BIO_read(self._outgoing, start, len(room))
             taken.append(self._pool.take(count))
             missing -= count
         return taken
