@@ -26,7 +26,7 @@ from zope.interface.verify import verifyObject
 from relaymux.interfaces import IBufferTransport
 from relaymux.net import sockets
 from relaymux.net.buffers import BufferPool
-from relaymux.net.families import NOTSENT_LOWAT, transport_for, tune_link
+from relaymux.net.families import MOST_EXPECTED, NOTSENT_LOWAT, transport_for, tune_link
 from relaymux.net.sockets import SocketTransport
 from tests.sockets import (
     HalfCloser,
@@ -719,6 +719,13 @@ class TCPEndTests(EndTests, Both):
         self.assertTrue(tcp.getTcpNoDelay() and tcp.getTcpKeepAlive())
         lowat = transport.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
         self.assertEqual(lowat, NOTSENT_LOWAT)
+
+    async def test_expected_bytes(self) -> None:
+        """The kernel is asked to wake us for as many bytes as are wanted, within reason, or for any."""
+        transport, _ = self.connect(Recorder())
+        for expected, asked in ((100_000, 100_000), (10, 1), (10**9, MOST_EXPECTED), (0, 1), (-1, 1)):
+            transport.expectBytes(expected)
+            self.assertEqual(transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT), asked)
 
 
 del Both

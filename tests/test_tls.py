@@ -7,18 +7,15 @@ import random
 from collections.abc import Callable
 from typing import Any, cast
 
-from OpenSSL import SSL
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IConsumer, IPushProducer, ITransport
-from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from relaymux.core.resume import EXPORTER_BYTES
 from relaymux.interfaces import IBufferTransport, IExportingTransport, IIdentifiedTransport
-from relaymux.net import tlsengine, tlssockets
-from relaymux.net.buffers import BufferPool
+from relaymux.net import tlssockets
 from relaymux.net.link import LinkProtocol
-from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine, make_engine
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine
 from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
 from tests.tls import AUTHORITY, SERVER, TLSTestCase
 
@@ -421,14 +418,3 @@ class EndTests(TLSTestCase):
         self.assertIsInstance(await self.lost(server), RuntimeError)
         self.assertEqual(server.deliveries, 2)
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
-
-
-class EngineTests(SynchronousTestCase):
-    """The choice of how OpenSSL is called."""
-
-    def test_choice(self) -> None:
-        """Without the bindings it uses, the fast engine is not chosen."""
-        connection = SSL.Connection(SSL.Context(SSL.TLS_METHOD), None)
-        self.assertIs(type(make_engine(connection, BufferPool())), FastEngine)
-        self.patch(tlsengine, "_BINDINGS", (*tlsengine._BINDINGS, "SSL_of_the_future"))
-        self.assertIs(type(make_engine(connection, BufferPool())), Engine)
