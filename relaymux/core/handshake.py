@@ -71,6 +71,19 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """
+    This daemon, as it introduces itself.
+
+    @ivar name: the configured name.
+    @ivar instance: 16 random bytes, new with every start.
+    """
+
+    name: str
+    instance: bytes
+
+
+@dataclass(frozen=True)
 class Hello:
     """
     The dialling side's introduction.

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol as Contract
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -31,13 +29,13 @@ from relaymux.core.events import (
     ResumeReceived,
     WelcomeReceived,
 )
-from relaymux.core.handshake import Hello, Limits, Welcome
+from relaymux.core.handshake import Hello, Identity, Limits, Welcome
 from relaymux.core.link import Link
 from relaymux.core.resume import Resume, Ticket
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, LocalError, SessionLost, TransportError, describe_code
 from relaymux.net.held import HeldSession
-from relaymux.net.link import LinkProtocol
+from relaymux.net.link import LinkListener, LinkProtocol
 from relaymux.net.opening import WaitingRoom
 from relaymux.net.quietlog import QuietLog
 from relaymux.net.streams import Service, SessionStreams
@@ -54,34 +52,6 @@ MAX_HANDSHAKES = 32
 
 #: Refusals of a RESUME after which the session cannot go on.
 _SESSION_GONE = frozenset({ErrorCode.UNKNOWN_SESSION, ErrorCode.OFFSET_MISMATCH})
-
-
-@dataclass(frozen=True)
-class Identity:
-    """
-    This daemon, as it introduces itself.
-
-    @ivar name: the configured name.
-    @ivar instance: 16 random bytes, new with every start.
-    """
-
-    name: str
-    instance: bytes
-
-
-class LinkListener(Contract):
-    """Whoever keeps the link up, and wants to know how it goes."""
-
-    def link_up(self, link: LinkProtocol) -> None:
-        """The handshake is done."""
-
-    def link_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
-        """
-        The link is over, or never came up; once for each link.
-
-        @param again: whether to dial again at once: it was up, or the peer told
-            us to begin anew.
-        """
 
 
 class SessionKeeper:

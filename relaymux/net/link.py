@@ -35,7 +35,7 @@ from relaymux.interfaces import (
     IIdentifiedTransport,
 )
 
-__all__ = ["LinkOwner", "LinkProtocol"]
+__all__ = ["LinkListener", "LinkOwner", "LinkProtocol"]
 
 #: Data handed to the transport at once.  What the kernel does not take of it is all
 #: that can be in front of an urgent frame in this process.
@@ -56,6 +56,21 @@ class LinkOwner(Contract):
 
     def link_flushed(self, link: LinkProtocol) -> None:
         """Frames were handed to the transport: streams may have drained."""
+
+
+class LinkListener(Contract):
+    """Whoever keeps the link up, and wants to know how it goes."""
+
+    def link_up(self, link: LinkProtocol) -> None:
+        """The handshake is done."""
+
+    def link_down(self, link: LinkProtocol, code: int, text: str, *, again: bool) -> None:
+        """
+        The link is over, or never came up; once for each link.
+
+        @param again: whether to dial again at once: it was up, or the peer told
+            us to begin anew.
+        """
 
 
 @implementer(IBufferReceiver, IPushProducer)
