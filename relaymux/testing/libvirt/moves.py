@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from relaymux.testing.libvirt.host import CommandFailed, Host
-from relaymux.testing.qemu.plan import Transfer
+from relaymux.testing.qemu.plan import Progress, Transfer
 
-__all__ = ["Move", "Progress", "Route", "completed_job", "job_figures", "watch_progress"]
+__all__ = ["Move", "Route", "completed_job", "job_figures", "watch_progress"]
 
 #: Seconds between two looks at how far it is.
 _LOOK_SECONDS = 0.4
@@ -77,36 +77,29 @@ class Move:
         return [*words, *self.extra]
 
 
-@dataclass
-class Progress:
-    """
-    @ivar memory: None before it starts.
-    @ivar disks: by name, of those that have started.
-    """
-
-    memory: Transfer | None = None
-    disks: dict[str, Transfer] = field(default_factory=dict)
-
-
 async def watch_progress(
     source: Host, name: str, disks: Sequence[str], report: Callable[[Progress], None]
 ) -> None:
-    """Tell C{report} how far it is, until cancelled."""
-    progress = Progress()
+    """
+    Tell C{report} how far it is, until cancelled.
+
+    Asks libvirt, which knows of each disk's mirror and of the memory.
+    """
+    done: dict[str, Transfer] = {}
+    memory: Transfer | None = None
     while True:
         for disk in disks:
-            done = await _ask(source, "blockjob", name, disk, "--info", "--raw")
-            if match := _BLOCK_JOB.search(done):
-                progress.disks[disk] = Transfer(int(match[1]), int(match[2]))
-            elif disk in progress.disks:
+            said = await _ask(source, "blockjob", name, disk, "--info", "--raw")
+            if match := _BLOCK_JOB.search(said):
+                done[disk] = Transfer(int(match[1]), int(match[2]))
+            elif disk in done:
                 # Its mirror is over.
-                total = progress.disks[disk].total
-                progress.disks[disk] = Transfer(total, total)
+                done[disk] = Transfer(done[disk].total, done[disk].total)
         job = await job_figures(source, name)
-        if job.get("Memory total"):
-            total = int(job["Memory total"])
-            progress.memory = Transfer(total - int(job.get("Memory remaining", 0)), total)
-        report(progress)
+        if total := int(job.get("Memory total", 0)):
+            memory = Transfer(total - int(job.get("Memory remaining", 0)), total)
+        phase = "sending memory" if memory is not None else "copying disks" if done else "preparing"
+        report(Progress(phase, memory, dict(done)))
         await asyncio.sleep(_LOOK_SECONDS)
 
 

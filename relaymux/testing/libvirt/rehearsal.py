@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from relaymux.testing.libvirt.domain import VirtualMachine
 from relaymux.testing.libvirt.host import Host
-from relaymux.testing.libvirt.moves import Move, Progress, Route, completed_job, watch_progress
+from relaymux.testing.libvirt.moves import Move, Route, completed_job, watch_progress
 from relaymux.testing.qemu.console import GuestFailed
+from relaymux.testing.qemu.plan import Progress
 from relaymux.testing.qemu.rehearsal import Check
 
 __all__ = ["Outcome", "Rehearsal"]
