@@ -93,7 +93,9 @@ class Saboteur:
             finally:
                 await network.mend()
             self.done.append(strike)
-            await self._mended(links)
+            if strike.fault is Fault.RESET:
+                # A short silence may pass unnoticed.
+                await self._mended(links)
             self.changed(strike, True)
 
     async def _await(self, moment: Moment, side: int, since: int) -> None:

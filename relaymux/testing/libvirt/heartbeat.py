@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Heartbeat:
         self.ticks: list[tuple[int, float]] = []
         self.moves: list[tuple[float, int]] = []
         self._files = files
-        self._places = [0, 0]
+        self._open: list[FileIO | None] = [None, None]
         self._active: int | None = None
         self._rest = b""
         self._failure: str | None = None
@@ -61,6 +62,10 @@ class Heartbeat:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             self.look()
+        for side, file in enumerate(self._open):
+            if file is not None:
+                file.close()
+                self._open[side] = None
 
     def check(self) -> None:
         """@raise GuestFailed: it has found something wrong, or says what does not follow."""
@@ -107,14 +112,13 @@ class Heartbeat:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _read(self, side: int) -> bytes:
-        try:
-            with self._files[side].open("rb") as file:
-                file.seek(self._places[side])
-                data = file.read(_CHUNK)
-        except FileNotFoundError:
-            return b""
-        self._places[side] += len(data)
-        return data
+        file = self._open[side]
+        if file is None:
+            try:
+                file = self._open[side] = self._files[side].open("rb", buffering=0)
+            except FileNotFoundError:
+                return b""
+        return file.read(_CHUNK)
 
     def _take(self, data: bytes, now: float) -> None:
         text = self._rest + data

@@ -56,6 +56,20 @@ for name in etc var; do
     mkdir -p $own/upper $own/work
     mount -t overlay overlay -o "lowerdir=/$name,upperdir=$own/upper,workdir=$own/work" /$name
 done
+# The usual devices and no KVM, so that every machine does the same: a /dev/kvm that
+# opens and runs nothing lets libvirt examine QEMU again and again.
+mkdir /run/host/dev
+mount -t tmpfs -o mode=0755 tmpfs /run/host/dev
+for name in null zero full random urandom tty; do
+    touch /run/host/dev/$name
+    mount --bind /dev/$name /run/host/dev/$name
+done
+mkdir /run/host/dev/pts /run/host/dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666,mode=0620 devpts /run/host/dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /run/host/dev/shm
+ln -s pts/ptmx /run/host/dev/ptmx
+ln -s /proc/self/fd /run/host/dev/fd
+mount --rbind /run/host/dev /dev
 umount -l /sys
 mount -t sysfs sysfs /sys
 mount -t tmpfs -o ro tmpfs /sys/fs/cgroup
