@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import signal
 import sys
 import time
@@ -74,7 +75,7 @@ async def _migrate(rig: Rig, arguments: argparse.Namespace, console: Console) ->
         await machine.heartbeat.wait_tick(domain.guest.lap_ticks // 4, 60)
         move = Move(_SELECTED, bandwidth=_BANDWIDTH, suspend=True)
         route = relays.route(destination, _NAME)
-        console.print(f"virsh {' '.join(move.arguments(_NAME, route))}", markup=False, highlight=False)
+        console.print(f"virsh {shlex.join(move.arguments(_NAME, route))}", markup=False, highlight=False)
         moments = (Moment.DISKS, Moment.MEMORY)[: arguments.resets]
         plan = [Strike(moment, Fault.RESET, 3.0) for moment in moments]
         saboteur = Saboteur(relays, machine, source, destination, plan)
