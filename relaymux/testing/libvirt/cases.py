@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from relaymux.testing.libvirt.bench import NAMES, Bench
 from relaymux.testing.libvirt.faults import Fault, Moment, Saboteur, Strike
+from relaymux.testing.libvirt.host import CommandFailed, Host
 from relaymux.testing.libvirt.moves import Move
 from relaymux.testing.qemu.rehearsal import Check
 
@@ -19,6 +21,9 @@ _DISKS = ("vda", "vdc")
 
 #: MiB per second, where a migration is to last a while.
 _SLOW = 24
+
+#: Seconds until what does not come is given up.
+_PATIENCE = 120.0
 
 
 def _moves(disks: Sequence[str], **options: object) -> Case:
@@ -159,26 +164,67 @@ async def _keepalive(bench: Bench) -> list[Check]:
     ]
 
 
+#: MiB per second before the guest moves and after: most of its memory is left by then.
+_POSTCOPY = Move(_DISKS, postcopy=True, bandwidth=8, extra=("--postcopy-bandwidth", "4"))
+
+
+async def _state(host: Host, name: str) -> str:
+    command = f"virsh --quiet domstate {name} --reason || true"
+    return (await host.run("sh", "-c", command)).output.strip()
+
+
+async def _entered(bench: Bench, name: str) -> str:
+    """@return: what the destination says when the guest has moved and its memory has not."""
+    while "post-copy" not in (said := await _state(bench.ends(0)[1], name)):
+        await asyncio.sleep(0.02)
+    return said
+
+
 async def _postcopy(bench: Bench) -> list[Check]:
-    """The guest moves when half of its memory has not."""
+    """The guest moves before its memory."""
     machine = await bench.machine(_DISKS)
-    source, destination = bench.ends(0)
-    entered: list[str] = []
+    said: list[str] = []
 
     async def watch() -> None:
-        while not entered:
-            command = "virsh --quiet domstate web1 --reason || true"
-            said = (await destination.run("sh", "-c", command)).output.strip()
-            if "post-copy" in said:
-                entered.append(said)
-            elif source.name not in [host.name for host in await machine.where()]:
-                return
-            await asyncio.sleep(0.01)
+        said.append(await asyncio.wait_for(_entered(bench, machine.domain.name), _PATIENCE))
 
-    move = Move(_DISKS, postcopy=True, bandwidth=4, extra=("--postcopy-bandwidth", "4"))
-    outcome = await bench.move(machine, move, during=watch)
-    evidence = f"{destination.name} said {entered[0] if entered else 'nothing of it'}"
-    return [*outcome.checks, Check("postcopy was entered", bool(entered), evidence)]
+    outcome = await bench.move(machine, _POSTCOPY, during=watch)
+    return [*outcome.checks, Check("postcopy was entered", bool(said), f"the destination: {said[0]}")]
+
+
+async def _recovered(bench: Bench) -> list[Check]:
+    """A relay dies when the guest has moved and its memory has not; C{--postcopy-resume} goes on."""
+    machine = await bench.machine(_DISKS)
+    name = machine.domain.name
+    source, destination = bench.ends(0)
+    route = bench.relays.route(destination, name)
+    moving = asyncio.ensure_future(source.virsh(*_POSTCOPY.arguments(name, route), seconds=_PATIENCE))
+    try:
+        await asyncio.wait_for(_entered(bench, name), _PATIENCE)
+        await bench.relays.kill(0)
+        error = (await asyncio.gather(moving, return_exceptions=True))[0]
+    finally:
+        moving.cancel()
+    lost = [await _state(host, name) for host in (source, destination)]
+    await bench.relays.restart(0)
+    again = replace(_POSTCOPY, resume=True, bandwidth=0, extra=())
+    await source.virsh(*again.arguments(name, route), seconds=_PATIENCE)
+    last, guest = machine.heartbeat.last, machine.domain.guest
+    await machine.heartbeat.wait_tick(last + guest.lap_ticks + 2, _PATIENCE)
+    places = [host.name for host in await machine.where()]
+    return [
+        Check(
+            "libvirt lost it in postcopy",
+            isinstance(error, CommandFailed) and all("post-copy failed" in state for state in lost),
+            f"source {lost[0]}, destination {lost[1]}",
+        ),
+        Check("--postcopy-resume went on", places == [destination.name], f"on {' and '.join(places)}"),
+        Check(
+            "the guest lost nothing",
+            machine.heartbeat.side == 1,
+            f"ticks 1 to {machine.heartbeat.last:,}; since then it verified all {guest.pages:,} pages",
+        ),
+    ]
 
 
 def _again(checks: list[Check]) -> list[Check]:
@@ -209,7 +255,7 @@ CASES: dict[str, Case] = {
 }
 
 #: QEMU as root: others may not handle page faults unless the machine's administrator says so.
-POSTCOPY_CASES: dict[str, Case] = {"--postcopy": _postcopy}
+POSTCOPY_CASES: dict[str, Case] = {"--postcopy": _postcopy, "--postcopy-resume": _recovered}
 
 #: With a QEMU that keeps track of a busy guest without KVM.
 BUSY_CASES: dict[str, Case] = {"a busy guest": _moves(_DISKS, suspend=True)}

@@ -44,6 +44,7 @@ class Move:
     @ivar p2p: whether libvirtd dials the other one, or virsh does.
     @ivar channels: multifd's; 0 for an ordinary migration.
     @ivar postcopy: whether the guest moves after the first pass over its memory.
+    @ivar resume: whether to go on with a postcopy that was lost.
     @ivar suspend: whether the guest stays stopped when it has moved.
     @ivar bandwidth: MiB per second for the memory, and for each disk; 0 for no limit.
     @ivar extra: further options.
@@ -53,6 +54,7 @@ class Move:
     p2p: bool = True
     channels: int = 0
     postcopy: bool = False
+    resume: bool = False
     tunnelled: bool = False
     suspend: bool = False
     bandwidth: int = 0
@@ -67,7 +69,8 @@ class Move:
         words += ["--tunnelled"] if self.tunnelled else []
         words += ["--copy-storage-all", "--migrate-disks", ",".join(self.disks)] if self.disks else []
         words += ["--parallel", "--parallel-connections", str(self.channels)] if self.channels else []
-        words += ["--postcopy", "--postcopy-after-precopy"] if self.postcopy else []
+        words += ["--postcopy"] if self.postcopy else []
+        words += ["--postcopy-resume" if self.resume else "--postcopy-after-precopy"] if self.postcopy else []
         words += ["--suspend"] if self.suspend else []
         words += ["--bandwidth", str(self.bandwidth)] if self.bandwidth else []
         words += ["--domain", name, "--desturi", route.control]
