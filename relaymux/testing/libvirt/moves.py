@@ -15,7 +15,7 @@ __all__ = ["Move", "Route", "completed_job", "job_figures", "watch_progress"]
 #: Seconds between two looks at how far it is.
 _LOOK_SECONDS = 0.4
 
-_FIGURE = re.compile(r"^([A-Z][\w ]+):\s+([\d.]+)\s*(\S*)", re.MULTILINE)
+_FIGURE = re.compile(r"^([A-Z][\w ]+):[ \t]+([\d.]+)[ \t]*(\S*)", re.MULTILINE)
 
 _UNITS = {"": 1.0, "B": 1.0, "KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3, "ms": 1.0, "s": 1000.0}
 
