@@ -115,9 +115,11 @@ def _killed(side: int) -> Case:
             while "cur=" not in await _mirror(bench, machine.domain.name):
                 await asyncio.sleep(0.05)
             await bench.relays.kill(side)
+            # What starts it again, as systemd does, waits a moment.
+            await asyncio.sleep(2)
+            await bench.relays.restart(side)
 
         checks, _ = await bench.fails(machine, Move(_DISKS, bandwidth=_SLOW), kill)
-        await bench.relays.restart(side)
         outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
         return checks + _again(outcome.checks)
 
