@@ -1,6 +1,8 @@
 # make test     everything that is checked before a change goes in; prepares what is missing
 # make test-faults  the long tests of lost links, and planted bugs
+# make test-libvirt  a machine moved by two real libvirt hosts, in all ways and with faults; as root
 # make demo     a real live migration through the relay, on this machine
+# make demo-libvirt  the same between two libvirt hosts on this machine; as root
 # make lint     ruff and mypy alone
 # make bench    what relaymux costs beside ssh, stunnel, haproxy and socat; about forty minutes
 # make bench-quick  the most important of it, in less than two minutes
@@ -29,9 +31,9 @@ FAULTS = tests/faults tests/qemu/test_cuts.py $(wildcard tests/test_resume*.py)
 # What `make bench` compares relaymux with, and measures with.
 PEERS = openssh-client openssh-server stunnel4 haproxy socat nbdkit libnbd-bin qemu-utils
 
-.PHONY: test test-faults demo lint bench bench-quick bench-tools venv qemu clean
+.PHONY: test test-faults test-libvirt demo demo-libvirt lint bench bench-quick bench-tools venv qemu libvirt clean
 
-test: lint qemu
+test: lint qemu libvirt
 	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp $(QUICK)
 	$(BIN)/python -m pytest $(TESTS)
 
@@ -39,6 +41,9 @@ test-faults: qemu
 	scripts/debian-packages faketime
 	RELAYMUX_THOROUGH=1 $(BIN)/python -m pytest -o faulthandler_timeout=1200 $(FAULTS)
 	$(BIN)/python -m tests.planted_bugs
+
+test-libvirt: libvirt
+	$(BIN)/python -m relaymux.testing.libvirt.suite
 
 lint: venv
 	$(BIN)/python -m ruff check .
@@ -48,9 +53,17 @@ lint: venv
 qemu: venv
 	-$(BIN)/python -m relaymux.testing.qemu.install
 
+# Debian's packages of libvirt, laid over the hosts' own files in the tests alone.
+libvirt: venv
+	-$(BIN)/python -m relaymux.testing.libvirt.install
+
 demo:
 	scripts/bootstrap demo $(VENV)
 	$(BIN)/python -m relaymux.demo --cuts $(CUTS)
+
+demo-libvirt:
+	scripts/bootstrap demo $(VENV)
+	$(BIN)/python -m relaymux.libvirt_demo
 
 bench: bench-tools
 	$(BIN)/python -m benchmarks

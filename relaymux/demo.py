@@ -16,21 +16,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, TaskID, TaskProgressColumn, TextColumn
-from rich.progress import Progress as ProgressDisplay
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
+from relaymux.demo_display import Display, print_checks
 from relaymux.testing.qemu.console import GuestFailed
 from relaymux.testing.qemu.cuts import Cut, Cutter, ProxyFailed
 from relaymux.testing.qemu.install import ensure_tools
 from relaymux.testing.qemu.machine import CommandFailed, MachineEnded
-from relaymux.testing.qemu.plan import MigrationFailed, Mode, Progress
+from relaymux.testing.qemu.plan import MigrationFailed, Mode
 from relaymux.testing.qemu.rehearsal import SELECTED_DISKS, Carrier, Check, Direct, Rehearsal
 from relaymux.testing.qemu.relays import TRANSPORTS, RelayFailed, RelayPair
 from relaymux.testing.qemu.tools import QemuTools, QemuUnavailable
@@ -41,86 +37,19 @@ __all__ = ["main"]
 #: Connections beside the main one in a multifd migration.
 _CHANNELS = 4
 
-#: Seconds between two lines of progress where there is no terminal.
-_LINE_SECONDS = 1.0
-
 #: Each takes half a second of the migration.
 _MOST_CUTS = 100
-
-#: Cuts on a terminal, the last ones.
-_CUTS_SHOWN = 8
 
 #: What goes wrong with a migration rather than with this program.
 _FAILURES = (CommandFailed, GuestFailed, MachineEnded, MigrationFailed, ProxyFailed, RelayFailed)
 
 
-class _Display:
-    """Progress of the memory and of each disk: bars on a terminal, lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars = ProgressDisplay(
-            TextColumn("  {task.description:<7}"),
-            BarColumn(bar_width=40),
-            TaskProgressColumn(),
-            DownloadColumn(binary_units=True),
-            auto_refresh=False,
-        )
-        self._cuts: dict[int, str] = {}
-        self._tasks: dict[str, TaskID] = {}
-        self._phase = ""
-        self._line = ""
-        self._said = 0.0
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=12)
-
-    def __enter__(self) -> _Display:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-
-    def show(self, progress: Progress) -> None:
-        """Show the newest state."""
-        transfers = dict(progress.disks)
-        if progress.memory is not None:
-            transfers["memory"] = progress.memory
-        if self._console.is_terminal:
-            self._phase = progress.phase
-            for name, transfer in transfers.items():
-                if name not in self._tasks:
-                    self._tasks[name] = self._bars.add_task(name)
-                self._bars.update(self._tasks[name], completed=transfer.done, total=transfer.total)
-        else:
-            parts = [f"{name} {100 * item.done // item.total} %" for name, item in transfers.items()]
-            self._say(progress.phase, f"{progress.phase}: {', '.join(parts)}" if parts else progress.phase)
-
-    def show_cut(self, cut: Cut, mended: bool) -> None:
-        """Show that the link is down, or up again."""
-        outage = cut.outage
-        assert outage is not None
-        down = (
-            f"link cut while {cut.phase}: {outage.streams} streams wait, {outage.held:,} bytes on their way"
-        )
-        back = f"resumed after {outage.seconds} s, {outage.again:,} bytes sent again, {outage.lost} lost"
-        if self._console.is_terminal:
-            self._cuts[cut.number] = f"{cut.number}. {down}; {back}" if mended else f"{cut.number}. {down}"
-        else:
-            self._console.print(f"  {cut.number}. {back if mended else down}")
-
-    def _say(self, phase: str, line: str) -> None:
-        if phase == self._phase and (line == self._line or time.monotonic() - self._said < _LINE_SECONDS):
-            return
-        self._phase, self._line, self._said = phase, line, time.monotonic()
-        self._console.print(f"  {line}")
-
-    def _render(self) -> RenderableType:
-        cuts = [Text(f"  {line}", style="yellow") for line in list(self._cuts.values())[-_CUTS_SHOWN:]]
-        return Group(Text(f"  {self._phase}", style="bold"), self._bars, *cuts)
+def _show_cut(display: Display, cut: Cut, mended: bool) -> None:
+    outage = cut.outage
+    assert outage is not None
+    down = f"link cut while {cut.phase}: {outage.streams} streams wait, {outage.held:,} bytes on their way"
+    back = f"resumed after {outage.seconds} s, {outage.again:,} bytes sent again, {outage.lost} lost"
+    display.note(cut.number, f"{down}; {back}" if mended else down, back if mended else "")
 
 
 async def _migrate(
@@ -136,7 +65,7 @@ async def _migrate(
             console.print(f"Two daemons, {transport} between them. Migrating, {arguments.mode}:")
         else:
             console.print(f"Without a relay. Migrating, {arguments.mode}:")
-        with _Display(console) as display:
+        with Display(console) as display:
             rehearsal = Rehearsal(
                 tools,
                 directory,
@@ -149,7 +78,7 @@ async def _migrate(
             cutter = None
             if relays is not None and relays.proxy is not None:
                 cutter = Cutter(relays.proxy, relays.outages, rehearsal.mode, arguments.cuts)
-                cutter.changed = display.show_cut
+                cutter.changed = partial(_show_cut, display)
                 cutter.join(rehearsal)
             try:
                 checks = await rehearsal.run()
@@ -171,19 +100,6 @@ async def _migrate(
         return checks
 
 
-def _print_checks(console: Console, checks: Sequence[Check]) -> None:
-    table = Table(box=None, padding=(0, 1), show_header=False)
-    for check in checks:
-        mark = "[green]ok[/]" if check.passed else "[bold red]WRONG[/]"
-        table.add_row(mark, check.what, check.evidence)
-    if console.is_terminal:
-        console.print("\nVerified:", table, sep="\n")
-    else:
-        console.print("Verified:")
-        for check in checks:
-            console.print(f"  {'ok' if check.passed else 'WRONG'}: {check.what}: {check.evidence}")
-
-
 async def _attempt(
     tools: QemuTools, console: Console, transport: str | None, arguments: argparse.Namespace
 ) -> bool:
@@ -199,7 +115,7 @@ async def _attempt(
             console.print(f"Files and logs are in {directory}")
         else:
             shutil.rmtree(directory)
-    _print_checks(console, checks)
+    print_checks(console, checks)
     return all(check.passed for check in checks)
 
 

@@ -35,7 +35,7 @@ def tcp_connections(pid: int) -> set[tuple[str, str]]:
     inodes = _socket_inodes(pid)
     found = set()
     for name in ("tcp", "tcp6"):
-        for line in _table(f"/proc/net/{name}"):
+        for line in _table(f"/proc/{pid}/net/{name}"):
             local, remote, state, inode = line[1], line[2], line[3], line[9]
             if inode in inodes and state != _LISTENING:
                 found.add((_address(local), _address(remote)))

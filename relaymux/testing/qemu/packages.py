@@ -129,11 +129,21 @@ def available() -> bool:
     return bool(shutil.which("apt-get") and shutil.which("dpkg-deb") and read_sources())
 
 
-def fetch(packages: Sequence[str], cache: Path, report: Callable[[str], None]) -> Path:
+def fetch(
+    packages: Sequence[str],
+    cache: Path,
+    report: Callable[[str], None],
+    *,
+    backports: bool = True,
+    present: bool = False,
+) -> Path:
     """
     Download packages, and of what they need all that the system does not have, and unpack them.
 
     @param cache: the directory to work in; its C{tree} is replaced.
+    @param present: whether to download those C{packages} too that the system has.
+    @param backports: whether to prefer the release's backports where its own QEMU
+        is too old for a busy guest.
     @return: the tree.
     @raise QemuUnavailable: it is not possible; the message has apt's own words.
     """
@@ -166,12 +176,13 @@ def fetch(packages: Sequence[str], cache: Path, report: Callable[[str], None]) -
     # A suite that does not exist (not every release has backports) fails the
     # run but not the other suites; what counts is what can be had afterwards.
     updated = _apt(state, "apt-get", "update", check=False)
-    backports = choose_suite(_apt(state, "apt-cache", "madison", "qemu-system-x86").stdout)
-    if backports is None:
+    suite = choose_suite(_apt(state, "apt-cache", "madison", "qemu-system-x86").stdout)
+    if suite is None:
         raise QemuUnavailable(f"the package sources have no qemu-system-x86:\n{_tail(updated)}")
-    target = ["-t", backports] if backports else []
-    report(f"downloading {', '.join(packages)}" + (f" from {backports}" if backports else ""))
-    _apt(state, "apt-get", "-y", "--download-only", *target, "install", *packages)
+    target = ["-t", suite] if suite and backports else []
+    report(f"downloading {', '.join(packages)}" + (f" from {suite}" if target else ""))
+    again = ["--reinstall"] if present else []
+    _apt(state, "apt-get", "-y", "--download-only", *again, *target, "install", *packages)
     archives = sorted((state / "cache" / "archives").glob("*.deb"))
     report(f"unpacking {len(archives)} packages into {cache / 'tree'}")
     fresh, tree = cache / "tree.new", cache / "tree"

@@ -22,7 +22,7 @@ from relaymux.testing.qemu.cuts import LinkProxy
 from relaymux.testing.qemu.observe import cpu_seconds, peak_memory
 from relaymux.testing.qemu.outages import LinkWatch, Outage, links_up, outages
 
-__all__ = ["TRANSPORTS", "RelayFailed", "RelayPair"]
+__all__ = ["TRANSPORTS", "RelayFailed", "RelayPair", "twistd_program"]
 
 TRANSPORTS = ("tls", "tcp", "unix")
 
@@ -64,7 +64,7 @@ class _Daemon:
     async def start(self) -> None:
         with (self.directory / f"{self.name}.err").open("wb") as errors:
             self.process = await asyncio.create_subprocess_exec(
-                _twistd(),
+                twistd_program(),
                 *("--nodaemon", "--pidfile=", f"--logfile={self.log}"),
                 *("relaymux", "--config", str(self.configuration)),
                 cwd=self.directory,
@@ -259,7 +259,7 @@ class RelayPair:
         return str(self.directory / name) if self.transport == "unix" else f"127.0.0.1:{_free_port()}"
 
 
-def _twistd() -> str:
+def twistd_program() -> str:
     """@return: the twistd of this Python, which finds relaymux."""
     beside = Path(sys.executable).with_name("twistd")
     found = str(beside) if beside.exists() else shutil.which("twistd")

@@ -1,0 +1,263 @@
+"""The cases of the long suite: each moves real machines and says what it verified."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+from relaymux.testing.libvirt.bench import NAMES, Bench
+from relaymux.testing.libvirt.faults import Fault, Moment, Saboteur, Strike
+from relaymux.testing.libvirt.host import CommandFailed, Host
+from relaymux.testing.libvirt.moves import Move
+from relaymux.testing.qemu.rehearsal import Check
+
+__all__ = ["BUSY_CASES", "CASES", "POSTCOPY_CASES", "Case"]
+
+Case = Callable[[Bench], Awaitable[list[Check]]]
+
+_DISKS = ("vda", "vdc")
+
+#: MiB per second, where a migration is to last a while.
+_SLOW = 24
+
+#: Seconds until what does not come is given up.
+_PATIENCE = 120.0
+
+
+def _moves(disks: Sequence[str], **options: object) -> Case:
+    async def case(bench: Bench) -> list[Check]:
+        machine = await bench.machine(disks)
+        move = Move(disks, **options)  # type: ignore[arg-type]
+        return (await bench.move(machine, move)).checks
+
+    return case
+
+
+async def _back_and_forth(bench: Bench) -> list[Check]:
+    """Ten migrations over the same two daemons."""
+    machine = await bench.machine(_DISKS)
+    checks: list[Check] = []
+    descriptors: list[int] = []
+    memory: list[int] = []
+    for number in range(10):
+        outcome = await bench.move(machine, Move(_DISKS, suspend=number % 2 == 0), side=number % 2)
+        checks += [
+            Check(f"move {number + 1}: {check.what}", check.passed, check.evidence) for check in outcome.wrong
+        ]
+        if number == 3:
+            # The first few fill what Python and OpenSSL keep.
+            descriptors, memory = bench.descriptors(), bench.resident()
+    now, grown = bench.descriptors(), [b - a for a, b in zip(memory, bench.resident(), strict=True)]
+    return [
+        *checks,
+        Check("ten moves, all checks passed", not checks, f"{len(checks)} did not"),
+        Check("descriptors are as before", now == descriptors, f"{descriptors} then, {now} now"),
+        Check(
+            "memory is as before",
+            max(grown) < 8 << 20,
+            f"{', '.join(f'{more / 2**20:+.1f} MiB' for more in grown)} in the last six",
+        ),
+    ]
+
+
+async def _three_at_once(bench: Bench) -> list[Check]:
+    """Two machines go one way and one the other, at the same time."""
+    machines = [await bench.machine(_DISKS, name=name, side=int(name == NAMES[2])) for name in NAMES]
+    outcomes = await asyncio.gather(
+        *(
+            bench.move(machine, Move(_DISKS), side=int(machine.domain.name == NAMES[2]))
+            for machine in machines
+        )
+    )
+    return [
+        Check(f"{machine.domain.name}: {check.what}", check.passed, check.evidence)
+        for machine, outcome in zip(machines, outcomes, strict=True)
+        for check in outcome.checks
+    ]
+
+
+def _struck(*strikes: tuple[Moment, Fault, float]) -> Case:
+    async def case(bench: Bench) -> list[Check]:
+        machine = await bench.machine(_DISKS)
+        source, destination = bench.ends(0)
+        plan = [Strike(*strike) for strike in strikes]
+        saboteur = Saboteur(bench.relays, machine, source, destination, plan)
+        outcome = await bench.move(
+            machine, Move(_DISKS, bandwidth=_SLOW), during=saboteur.run, may_redial=True
+        )
+        states = "; ".join(f"{strike.moment.value}: {strike.state}" for strike in saboteur.done)
+        done = Check("the link was away in each phase", len(saboteur.done) == len(plan), states)
+        return [*outcome.checks, done]
+
+    return case
+
+
+async def _given_up(bench: Bench) -> list[Check]:
+    """Away for longer than libvirt waits; then the same machine moves after all."""
+    machine = await bench.machine(_DISKS)
+    source, destination = bench.ends(0)
+    saboteur = Saboteur(
+        bench.relays, machine, source, destination, [Strike(Moment.DISKS, Fault.BLACK_HOLE, 60.0)]
+    )
+    checks, _ = await bench.fails(machine, Move(_DISKS, bandwidth=_SLOW), saboteur.run)
+    outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
+    return checks + _again(outcome.checks)
+
+
+def _killed(side: int) -> Case:
+    async def case(bench: Bench) -> list[Check]:
+        """A relay dies, is started again, and the same machine moves after all."""
+        machine = await bench.machine(_DISKS)
+
+        async def kill() -> None:
+            while "cur=" not in await _mirror(bench, machine.domain.name):
+                await asyncio.sleep(0.05)
+            await bench.relays.kill(side)
+            # What starts it again, as systemd does, waits a moment.
+            await asyncio.sleep(2)
+            await bench.relays.restart(side)
+
+        checks, _ = await bench.fails(machine, Move(_DISKS, bandwidth=_SLOW), kill)
+        outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
+        return checks + _again(outcome.checks)
+
+    return case
+
+
+async def _mirror(bench: Bench, name: str) -> str:
+    source, _ = bench.ends(0)
+    command = f"virsh --quiet blockjob {name} vda --info --raw || true"
+    return (await source.run("sh", "-c", command)).output
+
+
+async def _keepalive(bench: Bench) -> list[Check]:
+    """Disks fill a link of 100 Mbit/s for more than two minutes; libvirt's calls are answered at once."""
+    disks = ("vda", "vdb")
+    machine = await bench.machine(disks, disks=disks, disk_bytes=800 << 20)
+    source, destination = bench.ends(0)
+    await bench.rig.network.limit(100)
+    answers: list[float] = []
+    # Another machine's control socket: its connection is a stream as that of the migration is.
+    control = bench.relays.route(destination, NAMES[1]).control
+
+    async def ask() -> None:
+        while destination.name not in [host.name for host in await machine.where()]:
+            await asyncio.sleep(0.1)
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            started = time.monotonic()
+            await source.virsh("--connect", control, "hostname")
+            answers.append(time.monotonic() - started)
+            await asyncio.sleep(1)
+
+    outcome = await bench.move(machine, Move(disks), during=ask)
+    # To dial, to open and to ask are ten round trips and a process.
+    worst = max(answers, default=99.0)
+    return [
+        *outcome.checks,
+        Check("it took more than two minutes", outcome.seconds > 120, f"{outcome.seconds:.0f} s"),
+        Check(
+            "libvirt was answered within a second",
+            worst < 1.0,
+            f"{len(answers)} times virsh asked, at most {worst * 1000:.0f} ms with all it does",
+        ),
+    ]
+
+
+#: MiB per second before the guest moves and after: most of its memory is left by then.
+_POSTCOPY = Move(_DISKS, postcopy=True, bandwidth=8, extra=("--postcopy-bandwidth", "4"))
+
+
+async def _state(host: Host, name: str) -> str:
+    command = f"virsh --quiet domstate {name} --reason || true"
+    return (await host.run("sh", "-c", command)).output.strip()
+
+
+async def _entered(bench: Bench, name: str) -> str:
+    """@return: what the destination says when the guest has moved and its memory has not."""
+    while "post-copy" not in (said := await _state(bench.ends(0)[1], name)):
+        await asyncio.sleep(0.02)
+    return said
+
+
+async def _postcopy(bench: Bench) -> list[Check]:
+    """The guest moves before its memory."""
+    machine = await bench.machine(_DISKS)
+    said: list[str] = []
+
+    async def watch() -> None:
+        said.append(await asyncio.wait_for(_entered(bench, machine.domain.name), _PATIENCE))
+
+    outcome = await bench.move(machine, _POSTCOPY, during=watch)
+    return [*outcome.checks, Check("postcopy was entered", bool(said), f"the destination: {said[0]}")]
+
+
+async def _recovered(bench: Bench) -> list[Check]:
+    """A relay dies when the guest has moved and its memory has not; C{--postcopy-resume} goes on."""
+    machine = await bench.machine(_DISKS)
+    name = machine.domain.name
+    source, destination = bench.ends(0)
+    route = bench.relays.route(destination, name)
+    moving = asyncio.ensure_future(source.virsh(*_POSTCOPY.arguments(name, route), seconds=_PATIENCE))
+    try:
+        await asyncio.wait_for(_entered(bench, name), _PATIENCE)
+        await bench.relays.kill(0)
+        error = (await asyncio.gather(moving, return_exceptions=True))[0]
+    finally:
+        moving.cancel()
+    lost = [await _state(host, name) for host in (source, destination)]
+    await bench.relays.restart(0)
+    again = replace(_POSTCOPY, resume=True, bandwidth=0, extra=())
+    await source.virsh(*again.arguments(name, route), seconds=_PATIENCE)
+    last, guest = machine.heartbeat.last, machine.domain.guest
+    await machine.heartbeat.wait_tick(last + guest.lap_ticks + 2, _PATIENCE)
+    places = [host.name for host in await machine.where()]
+    return [
+        Check(
+            "libvirt lost it in postcopy",
+            isinstance(error, CommandFailed) and all("post-copy failed" in state for state in lost),
+            f"source {lost[0]}, destination {lost[1]}",
+        ),
+        Check("--postcopy-resume went on", places == [destination.name], f"on {' and '.join(places)}"),
+        Check(
+            "the guest lost nothing",
+            machine.heartbeat.side == 1,
+            f"ticks 1 to {machine.heartbeat.last:,}; since then it verified all {guest.pages:,} pages",
+        ),
+    ]
+
+
+def _again(checks: list[Check]) -> list[Check]:
+    return [Check(f"then it moves: {check.what}", check.passed, check.evidence) for check in checks]
+
+
+_RESETS = tuple((moment, Fault.RESET, 3.0) for moment in Moment)
+
+#: With what the distribution's release has, QEMU as its own user.
+CASES: dict[str, Case] = {
+    "one disk": _moves(("vda",), suspend=True),
+    "two disks": _moves(_DISKS, suspend=True),
+    "three disks": _moves(("vda", "vdb", "vdc"), suspend=True),
+    "memory alone": _moves(()),
+    "--parallel, 4 connections": _moves(_DISKS, channels=4),
+    "without --p2p": _moves(_DISKS, p2p=False),
+    "--tunnelled": _moves((), tunnelled=True),
+    "three machines, both ways": _three_at_once,
+    "ten times back and forth": _back_and_forth,
+    "reset 3 s in each phase": _struck(*_RESETS),
+    "reset 3 s, three times, disks": _struck(*((Moment.DISKS, Fault.RESET, 3.0),) * 3),
+    "black hole 10 s, disks": _struck((Moment.DISKS, Fault.BLACK_HOLE, 10.0)),
+    "black hole 10 s, memory": _struck((Moment.MEMORY, Fault.BLACK_HOLE, 10.0)),
+    "black hole 60 s": _given_up,
+    "source's relay killed": _killed(0),
+    "destination's relay killed": _killed(1),
+    "100 Mbit/s, two minutes": _keepalive,
+}
+
+#: QEMU as root: others may not handle page faults unless the machine's administrator says so.
+POSTCOPY_CASES: dict[str, Case] = {"--postcopy": _postcopy, "--postcopy-resume": _recovered}
+
+#: With a QEMU that keeps track of a busy guest without KVM.
+BUSY_CASES: dict[str, Case] = {"a busy guest": _moves(_DISKS, suspend=True)}

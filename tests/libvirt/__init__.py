@@ -1,0 +1,1 @@
+"""Tests with two real libvirt hosts on this machine."""
