@@ -18,7 +18,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from relaymux.core import handshake, speaking
+from relaymux.core import frames, handshake
 from relaymux.core.events import (
     DataReceived,
     Event,
@@ -160,11 +160,11 @@ class TableTests(SynchronousTestCase):
             "REFUSED": joined(handshake._CODE),
             "ACK": joined(OFFSET),
             "OPEN": "B",
-            "CREDIT": joined(speaking.CREDIT),
-            "FIN": joined(speaking.FIN),
-            "RESET": joined(speaking.RESET),
-            "STOP_SENDING": joined(speaking.STOP),
-            "CLOSED": joined(speaking.CLOSED),
+            "CREDIT": joined(frames.CREDIT),
+            "FIN": joined(frames.FIN),
+            "RESET": joined(frames.RESET),
+            "STOP_SENDING": joined(frames.STOP),
+            "CLOSED": joined(frames.CLOSED),
         }.items():
             self.assertEqual(fixed_part(layout(frame)), expected, frame)
 
@@ -308,10 +308,10 @@ class StateMachineTests(SynchronousTestCase):
             talk.finish(1)
         talk.data_to_send(1000, 0.0)
         if state == "CLOSED":
-            talk.receive_frame(frame(Kind.CLOSED, speaking.CLOSED.pack(0, 0)))
+            talk.receive_frame(frame(Kind.CLOSED, frames.CLOSED.pack(0, 0)))
         self.assertEqual(half.state.name, state)
         sent = half.window.sent
-        enough = frame(Kind.CREDIT, speaking.CREDIT.pack(100, sent))
+        enough = frame(Kind.CREDIT, frames.CREDIT.pack(100, sent))
 
         def all_sent() -> None:
             if state == "FINISHING":
@@ -324,7 +324,7 @@ class StateMachineTests(SynchronousTestCase):
             "all sent": all_sent,
             "receive CREDIT": lambda: talk.receive_frame(enough),
             "receive STOP_SENDING": lambda: talk.receive_frame(frame(Kind.STOP_SENDING, bytes(2))),
-            "receive CLOSED": lambda: talk.receive_frame(frame(Kind.CLOSED, speaking.CLOSED.pack(0, sent))),
+            "receive CLOSED": lambda: talk.receive_frame(frame(Kind.CLOSED, frames.CLOSED.pack(0, sent))),
         }
         # A finish with nothing to be sent before it is over with the next frame, which is not the input here.
         return self.outcome(acts[cause], lambda: half.state.name)

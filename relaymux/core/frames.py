@@ -37,6 +37,14 @@ MAX_CONTROL_PAYLOAD = 4096
 SMALL_PIECE = 2048
 
 
+# The payloads of sequenced frames that have a fixed layout (protocol.md 4, 5).
+CREDIT = Struct("!QQ")
+FIN = Struct("!Q")
+RESET = Struct("!HQ")
+STOP = Struct("!H")
+CLOSED = Struct("!HQ")
+
+
 class Kind(IntEnum):
     """Frame kinds.  From 0x10 on they are sequenced: numbered, acknowledged, replayed."""
 

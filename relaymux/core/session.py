@@ -22,14 +22,14 @@ from relaymux.core.events import (
     StreamRefused,
     StreamReset,
 )
-from relaymux.core.frames import HEADER_BYTES, Frame, Kind
+from relaymux.core.frames import CLOSED, CREDIT, FIN, HEADER_BYTES, RESET, STOP, Frame, Kind
 from relaymux.core.handshake import (
     NAME,
     Limits,
     decode_coded_text,
     decode_extensions,
 )
-from relaymux.core.speaking import CLOSED, CREDIT, FIN, NO_MEMORY, RESET, STOP, Speaker
+from relaymux.core.speaking import NO_MEMORY, Speaker
 from relaymux.core.stream import ReceiveState, SendState, Stream
 from relaymux.errors import ErrorCode, RemoteProtocolError
 

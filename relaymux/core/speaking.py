@@ -14,30 +14,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from struct import Struct
 
 from relaymux.core.budget import STREAM_WRITES, Account, stream_beginning
-from relaymux.core.events import (
-    Event,
-    StreamClosed,
+from relaymux.core.events import Event, StreamClosed
+from relaymux.core.frames import (
+    CLOSED,
+    CREDIT,
+    FIN,
+    HEADER_BYTES,
+    RESET,
+    STOP,
+    Buffer,
+    Kind,
+    data_header,
+    encode,
 )
-from relaymux.core.frames import HEADER_BYTES, Buffer, Kind, data_header, encode
 from relaymux.core.growth import Growth
-from relaymux.core.handshake import (
-    NAME,
-    Limits,
-    encode_coded_text,
-)
+from relaymux.core.handshake import NAME, Limits, encode_coded_text
 from relaymux.core.replay import ReplayBuffer
 from relaymux.core.schedule import SHARED_FRAME, TurnQueue
 from relaymux.core.stream import ReceiveState, SendState, Stream
 from relaymux.errors import ErrorCode, LocalError
-
-CREDIT = Struct("!QQ")
-FIN = Struct("!Q")
-RESET = Struct("!HQ")
-STOP = Struct("!H")
-CLOSED = Struct("!HQ")
 
 #: Unacknowledged bytes after which an ack is sent at once.  At 10 Gbit/s these are
 #: some 2,400 acks a second.  Fewer would keep more of the sender's buffers lent, and
