@@ -17,7 +17,7 @@ from relaymux.testing.libvirt.relays import Relays
 from relaymux.testing.libvirt.rig import Rig
 from relaymux.testing.qemu.rehearsal import Check
 
-__all__ = ["NAMES", "Bench"]
+__all__ = ["CLEAN_SECONDS", "NAMES", "Bench"]
 
 #: The machines that the relays know.
 NAMES = ("web1", "web2", "web3")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from relaymux.testing.libvirt.bench import NAMES, Bench
+from relaymux.testing.libvirt.bench import CLEAN_SECONDS, NAMES, Bench
 from relaymux.testing.libvirt.faults import Fault, Moment, Saboteur, Strike
 from relaymux.testing.libvirt.host import CommandFailed, Host
 from relaymux.testing.libvirt.moves import Move
@@ -207,8 +207,12 @@ async def _recovered(bench: Bench) -> list[Check]:
         error = (await asyncio.gather(moving, return_exceptions=True))[0]
     finally:
         moving.cancel()
-    lost = [await _state(host, name) for host in (source, destination)]
     await bench.relays.restart(0)
+    lost: list[str] = []
+    until = time.monotonic() + CLEAN_SECONDS
+    while not lost or (time.monotonic() < until and not all("post-copy failed" in state for state in lost)):
+        lost = [await _state(host, name) for host in (source, destination)]
+        await asyncio.sleep(0.2)
     again = replace(_POSTCOPY, resume=True, bandwidth=0, extra=())
     await source.virsh(*again.arguments(name, route), seconds=_PATIENCE)
     last, guest = machine.heartbeat.last, machine.domain.guest

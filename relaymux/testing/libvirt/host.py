@@ -203,14 +203,10 @@ class Host:
         assert self.pid, f"{self.name} is not started"
         return Path(f"/proc/{self.pid}/root") / str(inside).lstrip("/")
 
-    def enter(self, command: Sequence[str], *, outer_pids: bool = False) -> list[str]:
-        """
-        @param outer_pids: whether the command is to see processes as this one does.
-        @return: C{command}, so that it runs on this host.
-        """
+    def enter(self, command: Sequence[str]) -> list[str]:
+        """@return: C{command}, so that it runs on this host."""
         assert self.pid, f"{self.name} is not started"
-        pids = [] if outer_pids else ["--pid"]
-        return ["nsenter", f"--target={self.pid}", "--mount", "--net", "--uts", "--ipc", *pids, *command]
+        return ["nsenter", f"--target={self.pid}", "--mount", "--net", "--uts", "--ipc", "--pid", *command]
 
     async def spawn(
         self, *command: str, environment: Mapping[str, str] | None = None, log: Path | None = None
@@ -239,18 +235,19 @@ class Host:
         raise HostFailed(f"{self.name}: {command[0]} does not start")
 
     async def run(
-        self, *command: str, seconds: float = 60.0, stdin: str = "", outer_pids: bool = False
+        self, *command: str, seconds: float = 60.0, stdin: str = "", descriptors: Sequence[int] = ()
     ) -> Result:
         """
         Run a command to its end.
 
         @param stdin: its standard input.
-        @param outer_pids: see L{enter}.
+        @param descriptors: of this process, that the command is to have, too.
         @raise CommandFailed: it failed, or did not end within C{seconds}.
         """
         process = await asyncio.create_subprocess_exec(
-            *self.enter(command, outer_pids=outer_pids),
+            *self.enter(command),
             env=self._environment(),
+            pass_fds=descriptors,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from relaymux.testing.libvirt.host import Host
 
@@ -55,8 +56,11 @@ class Network:
 
     async def start(self) -> None:
         """Join the hosts, which are started."""
-        peer = ("peer", "name", _INTERFACE, "netns", str(self.other.pid))
-        await self.one.run("ip", "link", "add", _INTERFACE, "type", "veth", *peer, outer_pids=True)
+        # One host cannot see the other's processes, so it is given the namespace itself.
+        with Path(f"/proc/{self.other.pid}/ns/net").open("rb") as other:
+            peer = ("peer", "name", _INTERFACE, "netns", f"/proc/self/fd/{other.fileno()}")
+            veth = ("ip", "link", "add", _INTERFACE, "type", "veth", *peer)
+            await self.one.run(*veth, descriptors=[other.fileno()])
         for host in self.hosts:
             await host.run("ip", "address", "add", f"{host.address}/24", "dev", _INTERFACE)
             await host.run("ip", "link", "set", _INTERFACE, "up")
