@@ -185,6 +185,24 @@ class VmTests(VmTestCase):
         self.assertRaises(BlockingIOError, libvirt.accept)
         self.move("hv-a", "hv-b")
 
+    def test_link_in_place_of_a_socket(self) -> None:
+        """What QEMU's user may make where VMs arrive does not lead the daemon to libvirt's socket."""
+        _, b = self.up()
+        libvirt = self.listen(self.directory / "hv-b/libvirt-sock")
+        for name, part in ((RAM, "ram"), (NBD, "nbd")):
+            there = self.directory / "hv-b/vms/hv-b" / name
+            there.symlink_to(self.directory / "hv-b/libvirt-sock")
+            with socket.socket(socket.AF_UNIX) as near:
+                near.settimeout(PATIENCE)
+                near.connect(str(self.directory / "hv-a/vms/hv-b" / name))
+                self.assertEqual(near.recv(1), b"")
+            b.wait_for(f"vm web1 {part}: connection 1 failed: cannot connect to")
+            there.unlink()
+        self.assertEqual(b.output().count("it is a symbolic link, which is not followed"), 2)
+        libvirt.setblocking(False)
+        self.assertRaises(BlockingIOError, libvirt.accept)
+        self.move("hv-a", "hv-b")
+
     def test_wrong_name(self) -> None:
         """A link that is not called as the other daemon would lead nowhere: said when they meet."""
         a = self.host("hv-a", "hv-c", "listen")

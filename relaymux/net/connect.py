@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from socket import AF_INET, AF_INET6, AF_UNIX, SO_ERROR, SOCK_STREAM, SOL_SOCKET, socket
@@ -45,15 +46,17 @@ _HINTS = {
     ),
     errno.EPROTOTYPE: "it is not a stream socket",
     errno.EAGAIN: "its backlog stayed full; the program that listens on it does not accept",
+    errno.ELOOP: "it is a symbolic link, which is not followed in a directory that belongs to others",
 }
 
 
 class _Attempt(FileDescriptor):
     """One C{connect}, without blocking.  A full UNIX backlog (EAGAIN) is tried again."""
 
-    def __init__(self, reactor: Any, address: IAddress, seconds: float) -> None:
+    def __init__(self, reactor: Any, address: IAddress, seconds: float, *, follow_links: bool = True) -> None:
         super().__init__(reactor)
         self._clock = reactor
+        self._follow_links = follow_links
         self._target: Any
         if isinstance(address, UNIXAddress):
             family, self._target = AF_UNIX, address.name
@@ -80,7 +83,7 @@ class _Attempt(FileDescriptor):
 
     def _try(self) -> None:
         try:
-            self._socket.connect(self._target)
+            self._dial()
         except BlockingIOError as error:
             if error.errno == errno.EINPROGRESS:
                 self.startWriting()
@@ -92,6 +95,19 @@ class _Attempt(FileDescriptor):
             self._give_up(error)
         else:
             self._result.callback(self._stop())
+
+    def _dial(self) -> None:
+        if self._follow_links:
+            self._socket.connect(self._target)
+            return
+        # Looked at and connected to by one descriptor: nothing can take its place in between.
+        descriptor = os.open(self._target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if stat.S_ISLNK(os.fstat(descriptor).st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            self._socket.connect(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
 
     def doWrite(self) -> None:
         code = self._socket.getsockopt(SOL_SOCKET, SO_ERROR)
@@ -131,6 +147,7 @@ def connect_unix(
     flush_seconds: float | None = None,
     *,
     others: Sequence[str] = (),
+    follow_links: bool = True,
 ) -> Deferred[IProtocol]:
     """
     Connect to the UNIX stream socket at C{path}.
@@ -139,6 +156,8 @@ def connect_unix(
     are failures at once.
 
     @param others: paths to try in turn after such a failure.
+    @param follow_links: whether a path may be a symbolic link.  Not where others than us
+        make what is there: they could lead us to a socket that we may use and they may not.
     @param target: the protocol, or a factory that is asked for one once the
         connection is there.
     @param seconds: how long to try; above 0.
@@ -147,7 +166,16 @@ def connect_unix(
         cancelling gives up.
     """
     return Deferred.fromCoroutine(
-        _connect(reactor, list(map(UNIXAddress, (path, *others))), target, seconds, pool, None, flush_seconds)
+        _connect(
+            reactor,
+            list(map(UNIXAddress, (path, *others))),
+            target,
+            seconds,
+            pool,
+            None,
+            flush_seconds,
+            follow_links=follow_links,
+        )
     )
 
 
@@ -188,13 +216,15 @@ async def _connect(
     pool: BufferPool,
     prepare: Callable[[socket], None] | None,
     flush_seconds: float | None,
+    *,
+    follow_links: bool = True,
 ) -> IProtocol:
     until = reactor.seconds() + seconds
     failures: list[str] = []
     for number, address in enumerate(addresses):
         share = max(0.0, until - reactor.seconds()) / (len(addresses) - number)
         try:
-            sock = await _Attempt(reactor, address, share).start()
+            sock = await _Attempt(reactor, address, share, follow_links=follow_links).start()
             if prepare is not None:
                 prepare(sock)
         except OSError as error:

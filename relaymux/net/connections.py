@@ -38,6 +38,7 @@ class LocalSocket:
     @ivar max_connections: open connections at once.
     @ivar others: sockets to dial when nobody listens at C{path}.
     @ivar is_nbd: whether disks are what it carries: then their names are read along.
+    @ivar follow_links: whether what is dialled may be a symbolic link.
     """
 
     section: str
@@ -47,6 +48,7 @@ class LocalSocket:
     max_connections: int
     others: tuple[str, ...] = ()
     is_nbd: bool = False
+    follow_links: bool = True
 
 
 @dataclass

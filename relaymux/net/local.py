@@ -122,6 +122,7 @@ class LocalDialer:
             self._local.open_timeout,
             pool_for(self._reactor),
             others=self._local.others,
+            follow_links=self._local.follow_links,
         )
         stream.when_given_up(dialled.cancel)
         dialled.addCallbacks(

@@ -72,6 +72,8 @@ class LocalSockets:
             section.max_connections,
             others=tuple(map(str, section.others)),
             is_nbd=section.kind == "disk" or section.part == "nbd",
+            # QEMU's user makes them in a directory of its own.
+            follow_links=section.part not in ("ram", "nbd"),
         )
         if section.role == "connect":
             dialer = LocalDialer(self._reactor, peer, local)
