@@ -294,6 +294,22 @@ class AnyVmTests(VmTestCase):
         self.assertEqual(a.output().count("'web 1' gets no sockets"), 1)
         self.assertEqual(a.output().count("gets no sockets"), 2)
 
+    def test_what_was_in_the_way(self) -> None:
+        """A VM whose sockets cannot be made is told of once, and has them when nothing is in the way."""
+        (self.directory / "hv-a/qemu").mkdir(parents=True)
+        a = self.host("hv-a", "hv-b", "listen")
+        a.wait_for("relaymux hv-a started")
+        stranger = self.directory / "hv-a/vms/hv-b" / RAM
+        stranger.touch()
+        self.runs("hv-a", "web1")
+        a.wait_for("vm web1: it cannot leave: cannot listen on")
+        self.runs("hv-a", "web2")
+        a.wait_for("vm web2: runs here")
+        self.assertEqual(a.output().count("it cannot leave"), 1)
+        stranger.unlink()
+        a.wait_for("vm web1: runs here, and may leave over hv-b")
+        self.assertLessEqual({CONTROL, RAM, NBD}, self.names("hv-a", "hv-b"))
+
     def test_many_arrive(self) -> None:
         """A peer that invents names costs a bounded number of them."""
         clock = Clock()

@@ -48,9 +48,15 @@ def running_vms(libvirt: LibvirtSection) -> frozenset[str]:
 
 @dataclass
 class _Vm:
-    """A VM that runs here: its sockets; none if they could not be made."""
+    """
+    A VM that runs here.
+
+    @ivar served: its sockets; none if they could not be made.
+    @ivar problem: why they could not when that was tried last.
+    """
 
     served: list[Served] = field(default_factory=list)
+    problem: str = ""
 
 
 class AnyVm:
@@ -97,28 +103,36 @@ class AnyVm:
         self._failure = ""
         for name in self._running.keys() - running:
             self._gone(name)
-        for name in sorted(running - self._running.keys() - self._own):
-            self._running[name] = self._came(name)
+        for name in sorted(running - self._own):
+            if not NAME.fullmatch(name) or len(name) > LONGEST_VM_NAME:
+                self._cannot_be(name)
+            elif name not in self._running or self._running[name].problem:
+                self._came(name, self._running.setdefault(name, _Vm()))
 
-    def _came(self, name: str) -> _Vm:
-        vm = _Vm()
-        if not NAME.fullmatch(name) or len(name) > LONGEST_VM_NAME:
-            self._log.warn(
-                "vm *: {name!r} gets no sockets: relaymux takes names of 1 to {most} of A-Z a-z 0-9 . _ -",
-                name=name,
-                most=LONGEST_VM_NAME,
-            )
-            return vm
+    def _cannot_be(self, name: str) -> None:
+        if name in self._running:
+            return
+        self._running[name] = _Vm()
+        self._log.warn(
+            "vm *: {name!r} gets no sockets: relaymux takes names of 1 to {most} of A-Z a-z 0-9 . _ -",
+            name=name,
+            most=LONGEST_VM_NAME,
+        )
+
+    def _came(self, name: str, vm: _Vm) -> None:
+        """Make the sockets of C{vm}; once more with every look if something is in the way."""
+        before, vm.problem = vm.problem, ""
         try:
             for section in self._vm.called(name).services:
                 if section.role == "listen":
                     vm.served.append(self._sockets.serve(section))
         except ConfigurationError as error:
-            self._log.error("vm {name}: it cannot leave: {error}", name=name, error=error)
+            vm.problem = str(error)
+            if vm.problem != before:
+                self._log.error("vm {name}: it cannot leave: {error}", name=name, error=error)
             self._withdraw(vm)
         else:
             self._log.info("vm {name}: runs here, and may leave over {links}", name=name, links=self._links)
-        return vm
 
     def _gone(self, name: str) -> None:
         vm = self._running.pop(name)
