@@ -23,6 +23,7 @@ from twisted.internet.main import CONNECTION_LOST
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
+from relaymux.core.budget import STREAM_WRITES
 from relaymux.interfaces import IBufferTransport
 from relaymux.net import sockets
 from relaymux.net.buffers import BufferPool
@@ -42,6 +43,14 @@ from tests.sockets import (
 )
 
 LARGE = content(6_000_000)
+
+
+class Endless:
+    """A socket whose peer has always sent what Linux lets it: each read brings up to 208 KiB."""
+
+    def recv_into(self, room: memoryview) -> int:
+        """See C{socket.recv_into}."""
+        return min(len(room), 208 * 1024)
 
 
 class Both(SocketTestCase):
@@ -127,6 +136,20 @@ class DataTests:
         await self.until(lambda: len(protocol.received) >= len(back), "all arrived")
         self.assertEqual(echoed, LARGE)
         self.assertEqual(protocol.received, back)
+
+    async def test_faster_than_its_reader(self: Any) -> None:
+        """However fast a peer writes, no more is handed on at once than a stream may have written."""
+        protocol = Recorder()
+        transport, _ = self.connect(protocol)
+        transport.stopReading()
+        connected, transport.socket = transport.socket, Endless()
+        try:
+            for _ in range(5):
+                before = len(protocol.received)
+                transport.doRead()
+                self.assertEqual(len(protocol.received) - before, STREAM_WRITES)
+        finally:
+            transport.socket = connected
 
     async def test_pause_inside_delivery(self: Any) -> None:
         """A protocol that pauses is not given one more buffer, even if it was already there to be read."""

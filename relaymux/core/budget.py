@@ -29,9 +29,9 @@ LEAST_SHARE = 8
 #: that are larger than their streams need shrink.
 SCARCE_SHARE = 8
 
-#: Bytes that a producer may have written and that are not sent: one read of a local
-#: socket.  It pauses while there are any.
-STREAM_WRITES = 256 * 1024
+#: Bytes that a producer may have written and that are not sent: what is gathered of a
+#: local socket at once.  It pauses while there are any.
+STREAM_WRITES = 512 * 1024
 
 #: Bytes that a link may hold beside its replay buffer: control frames beyond it, and
 #: the frame that arrives in parts.

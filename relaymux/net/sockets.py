@@ -66,8 +66,9 @@ READ_ROOM = 64 * 1024
 #: 4,600 to 1,600 per GB.
 READ_AGAIN = 64 * 1024
 
-#: Bytes gathered before they are handed on to a receiver of buffers; a read may
-#: exceed it.  It is one bulk frame.
+#: Bytes gathered at most before they are handed on to a receiver of buffers: one bulk
+#: frame, and what the memory of a daemon allows a stream to have written
+#: (L{relaymux.core.budget.STREAM_WRITES}).
 GATHER_TURN = 512 * 1024
 
 #: Bytes read before others have their turn in the reactor.
@@ -175,7 +176,7 @@ class SocketTransport(SendingSocket):
         ended: OSError | bool = False
         turn = GATHER_TURN
         while turn > 0:
-            room = self._pool.room(READ_ROOM)
+            room = self._pool.room(READ_ROOM)[:turn]
             try:
                 count = self.socket.recv_into(room)
             except BlockingIOError:

@@ -49,7 +49,7 @@ _LIMITS = Limits()
 DEFAULT_MEMORY = 512 * MIB
 
 #: Bytes that a stream begins with, and always has.  No more, since it is promised
-#: before anybody knows whether the stream is a bulk one, and 250 of them fit into the
+#: before anybody knows whether the stream is a bulk one, and 170 of them fit into the
 #: part of the memory that is kept for them; no less, since what asks and waits for
 #: the answer (NBD with requests of 64 KiB) should not depend on growth.
 DEFAULT_WINDOW = 256 * KIB
