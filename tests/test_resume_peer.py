@@ -34,6 +34,29 @@ class WaitingTests(PeerTests):
         self.assert_untouched(*talkers)
         self.assert_works(hosts)
 
+    def test_transport_that_fails(self) -> None:
+        """What a transport could not take is said again on the next connection; a program notices nothing."""
+        for buffers in (True, False):
+            hosts = self.pair(buffers=buffers)
+            near, far = self.open(hosts)
+            transport: Any = hosts.a.link.transport
+            name = "writeBuffers" if buffers else "writeSequence"
+            original = getattr(transport, name)
+
+            def fail(_: object, transport: Any = transport, name: str = name, write: Any = original) -> None:
+                setattr(transport, name, write)
+                raise MemoryError("once")
+
+            setattr(transport, name, fail)
+            near.say(stamped(1, 20_000), finish=False)
+            hosts.run(1.0)
+            self.assertEqual(len(self.flushLoggedErrors(MemoryError)), 1)
+            self.assertFalse(hosts.a.peer.is_up or hosts.b.peer.is_up)
+            hosts.up()
+            hosts.run(1.0)
+            self.assert_same(far.received, stamped(1, 20_000))
+            self.assert_untouched(near, far)
+
     def test_producers_pause(self) -> None:
         """Whoever writes is paused, takes no harm, and goes on when there is a link again: both flavours."""
         data = stamped(1, 40_000)

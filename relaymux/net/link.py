@@ -20,6 +20,7 @@ from typing import Protocol as Contract
 
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
 from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -84,6 +85,8 @@ class LinkProtocol(Protocol):
 
     transport: Any  # ITransport and IConsumer, which Twisted has no one interface for
     link: Link
+
+    _log = Logger("relaymux.link")
 
     def __init__(
         self,
@@ -192,11 +195,7 @@ class LinkProtocol(Protocol):
         self._flushing = True
         now = self._reactor.seconds()
         try:
-            while not self._paused:
-                buffers = self.link.data_to_send(FLUSH_BYTES, now)
-                if not buffers:
-                    break
-                self._write(buffers)
+            while not self._paused and not self._closing and self._write_some(now):
                 # May write to streams again: their bytes leave in the next round.
                 self._owner.link_flushed(self)
         finally:
@@ -211,9 +210,7 @@ class LinkProtocol(Protocol):
         if self._closing:
             return
         self._closing = True
-        buffers = self.link.data_to_send(FLUSH_BYTES, self._reactor.seconds())
-        if buffers:
-            self._write(buffers)
+        self._write_some(self._reactor.seconds())
         self.transport.unregisterProducer()
         self.transport.loseConnection()
         if not self._lost:
@@ -233,6 +230,26 @@ class LinkProtocol(Protocol):
             self.end(event)
         else:
             self._owner.link_event(self, event)
+
+    def _write_some(self, now: float) -> bool:
+        """
+        Hand over what there is to send, about L{FLUSH_BYTES}.
+
+        If that fails (there may be no memory), frames have left the session and not this
+        process, and the peer would take what follows them for what they were: so the
+        connection ends, and the next one repeats them.  Whoever wrote is not to blame.
+
+        @return: whether there was anything.
+        """
+        try:
+            buffers = self.link.data_to_send(FLUSH_BYTES, now)
+            if buffers:
+                self._write(buffers)
+        except Exception:
+            self._log.failure("connection {number}: cannot send, closing it", number=self.number)
+            self.abort()
+            return False
+        return bool(buffers)
 
     def _write(self, buffers: list[Buffer]) -> None:
         if self._buffer_transport is not None:
