@@ -57,6 +57,24 @@ class WaitingTests(PeerTests):
             self.assert_same(far.received, stamped(1, 20_000))
             self.assert_untouched(near, far)
 
+    def test_no_memory_to_wait_in(self) -> None:
+        """A stream whose bytes cannot be kept ends as an error: nobody says them again."""
+        hosts = self.pair()
+        near, far = self.open(hosts)
+        far.transport.pauseProducing()
+
+        def fail(_: object) -> None:
+            raise MemoryError("once")
+
+        self.patch(far.transport._inbox, "add", fail)
+        near.say(stamped(1, 100), finish=False)
+        hosts.run(1.0)
+        self.assertEqual(len(self.flushLoggedErrors(MemoryError)), 1)
+        for talker in (near, far):
+            self.assertEqual(talker.events[-1], "lost")
+        self.assertEqual(far.received, b"")
+        self.assert_works(hosts)
+
     def test_producers_pause(self) -> None:
         """Whoever writes is paused, takes no harm, and goes on when there is a link again: both flavours."""
         data = stamped(1, 40_000)

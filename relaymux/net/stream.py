@@ -293,7 +293,8 @@ class StreamTransport:
     def data_received(self, buffers: list[memoryview]) -> None:
         """Bytes arrived."""
         if self._paused or self._inbox or self._protocol is None or self._delivering:
-            self._inbox.add(buffers)
+            # If that fails they are lost, as they count as received: then the stream is over.
+            self._call(self._inbox.add, buffers)
         else:
             self._delivering = True
             self._give(buffers)
