@@ -181,7 +181,9 @@ class _Settings:
         return replace(
             service,
             mode=self.mode,
-            owner=self.owner,
+            # With a VM it is QEMU's user, and a guest that broke out of QEMU must not get at the
+            # other host's libvirt.
+            owner=None if service.part == "control" else self.owner,
             group=self.group,
             open_timeout=self.open_timeout,
             max_connections=self.max_connections or min(sections.DEFAULT_MAX_CONNECTIONS, streams),
