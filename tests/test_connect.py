@@ -119,6 +119,19 @@ class UNIXTests(Base):
                 )
                 self.assertTrue(error.retry)
 
+    async def test_no_descriptor(self) -> None:
+        """Without a descriptor left it fails at once, and that is all: no timer is left to say so again."""
+
+        def full(*_: object) -> socket.socket:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        _, path = self.bind_unix()
+        before = set(reactor.getDelayedCalls())
+        self.patch(connect, "socket", full)
+        connecting = connect_unix(reactor, path, self.client(), DEADLINE, self.pool)
+        await self.refused(connecting, "Too many open files")
+        self.assertEqual(set(reactor.getDelayedCalls()) - before, set())
+
     async def test_full_backlog(self) -> None:
         """A full backlog is waited for, until there is room."""
         sock, path = self.bind_unix(backlog=0)

@@ -66,12 +66,12 @@ class _Attempt(FileDescriptor):
         else:
             assert isinstance(address, IPv4Address)
             family, self._target = AF_INET, (address.host, address.port)
+        self._socket = socket(family, SOCK_STREAM)
+        self._socket.setblocking(False)
         self._timers: list[IDelayedCall] = [self._clock.callLater(seconds, self._overdue)]
         self._pause = BACKLOG_PAUSE
         self._refusal = errno.ETIMEDOUT
         self._result: Deferred[socket] = Deferred(lambda _: self._stop().close())
-        self._socket = socket(family, SOCK_STREAM)
-        self._socket.setblocking(False)
 
     def start(self) -> Deferred[socket]:
         """@return: fires with the connected socket or fails with C{OSError}."""
