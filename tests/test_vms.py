@@ -310,6 +310,24 @@ class AnyVmTests(VmTestCase):
         a.wait_for("vm web1: runs here, and may leave over hv-b")
         self.assertLessEqual({CONTROL, RAM, NBD}, self.names("hv-a", "hv-b"))
 
+    def test_killed(self) -> None:
+        """What a killed daemon left of a VM is removed if that does not run any more, and else made anew."""
+        (self.directory / "hv-a/qemu").mkdir(parents=True)
+        gone = self.runs("hv-a", "db1")
+        self.runs("hv-a", "web1")
+        a = self.host("hv-a", "hv-b", "listen")
+        a.wait_for("vm web1: runs here")
+        self.assertEqual(len(self.names("hv-a", "hv-b")), 6)
+        a.kill()
+        gone.unlink()
+        stranger = self.directory / "hv-a/vms/hv-b/control.notes"
+        stranger.touch()
+        a = self.start("hv-a")
+        a.wait_for("vm web1: runs here")
+        self.assertEqual(self.names("hv-a", "hv-b"), {CONTROL, RAM, NBD, stranger.name})
+        self.assertEqual(a.stop(), 0, a.output())
+        self.assertEqual(list(stranger.parent.iterdir()), [stranger])
+
     def test_many_arrive(self) -> None:
         """A peer that invents names costs a bounded number of them."""
         clock = Clock()

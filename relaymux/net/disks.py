@@ -41,6 +41,7 @@ __all__ = [
     "BoundSocket",
     "PeerCredentials",
     "bind_unix",
+    "clear_unix",
     "ensure_directory",
     "explain_denied",
     "peer_credentials",
@@ -154,6 +155,20 @@ def bind_unix(
         denied = isinstance(e, PermissionError)
         cure = explain_denied(place) if denied else "a place where this user can make a socket"
         raise refusal(path, f"{place}: {e.strerror}", cure) from e
+
+
+def clear_unix(path: str) -> None:
+    """
+    Remove the socket at C{path} that a killed process had from L{bind_unix}, and its lock file.
+
+    @raise ConfigurationError: it is in use, or not ours, and was left alone.
+    @raise OSError: a file could not be removed.
+    """
+    lock = SocketLock(path)
+    try:
+        _clear(lock)
+    finally:
+        lock.release()
 
 
 def ensure_directory(path: str, mode: int = 0o700, owner: int | None = None) -> None:

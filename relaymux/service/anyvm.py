@@ -18,6 +18,7 @@ from twisted.logger import Logger
 
 from relaymux.core.handshake import NAME
 from relaymux.errors import ConfigurationError
+from relaymux.net.disks import clear_unix
 from relaymux.net.streams import Service
 from relaymux.service.config_sections import LONGEST_VM_NAME, LibvirtSection, VmSection
 from relaymux.service.sockets import LocalSockets, Served
@@ -82,7 +83,23 @@ class AnyVm:
     def start(self) -> None:
         """Make the sockets of the VMs that run now, and from now on of those that come."""
         if self._vm.leaves:
+            self._clear()
             self._looking.start(LOOK_SECONDS)
+
+    def _clear(self) -> None:
+        """Remove what a daemon that was killed left of VMs that have gone since; of others it is replaced."""
+        for section in self._vm.services:
+            if section.role != "listen":
+                continue
+            before = section.path.name.removesuffix("*")
+            for lock in section.path.parent.glob(f"{before}*.lock"):
+                socket = lock.with_suffix("")
+                if socket.name.removeprefix(before) in self._own:
+                    continue
+                try:
+                    clear_unix(str(socket))
+                except (ConfigurationError, OSError) as error:
+                    self._log.warn("vm *: what an earlier daemon left is not removed: {error}", error=error)
 
     def stop(self) -> None:
         """Look no more."""
