@@ -13,10 +13,11 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
+from relaymux.core.schedule import LITTLE
 from relaymux.interfaces import IBufferReceiver
 from relaymux.net.buffers import BufferPool
 from relaymux.net.sockets import SocketTransport
-from relaymux.net.turns import LITTLE, LONG_TURN, SHORT_TURN, TALK_SECONDS, ReadTurns, Talker, turns_for
+from relaymux.net.turns import LONG_TURN, SHORT_TURN, TALK_SECONDS, ReadTurns, Talker, turns_for
 
 
 class ReadTurnsTests(SynchronousTestCase):

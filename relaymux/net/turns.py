@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-__all__ = ["LITTLE", "LONG_TURN", "SHORT_TURN", "TALK_SECONDS", "ReadTurns", "Talker", "turns_for"]
+from relaymux.core.schedule import LITTLE
+
+__all__ = ["LONG_TURN", "SHORT_TURN", "TALK_SECONDS", "ReadTurns", "Talker", "turns_for"]
 
 #: Bytes gathered of one socket before they are handed on, while nobody talks; a read
 #: may exceed it.  It is one bulk frame.
@@ -21,9 +23,6 @@ LONG_TURN = 512 * 1024
 #: The same while somebody talks.  A turn of this is some 0.1 ms of work with TLS; a
 #: quarter of it would double the cost per byte.
 SHORT_TURN = 64 * 1024
-
-#: The most that passes at once of a connection that talks.
-LITTLE = 16 * 1024
 
 #: Seconds for which a connection counts as talking after it said something, and as bulk
 #: after it carried more than L{LITTLE} at once: longer than a request over a long line
@@ -51,7 +50,7 @@ class ReadTurns:
 
 
 class Talker:
-    """One connection, of which we want to know whether it talks."""
+    """One connection, of which we want to know whether it talks: passes at most L{LITTLE} at once."""
 
     def __init__(self, turns: ReadTurns) -> None:
         self._turns = turns
