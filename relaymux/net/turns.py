@@ -20,8 +20,8 @@ __all__ = ["LONG_TURN", "SHORT_TURN", "TALK_SECONDS", "ReadTurns", "Talker", "tu
 #: may exceed it.  It is one bulk frame.
 LONG_TURN = 512 * 1024
 
-#: The same while somebody talks.  A turn of this is some 0.1 ms of work with TLS; a
-#: quarter of it would double the cost per byte.
+#: The same while somebody talks.  A turn of this is some 0.1 ms of work with TLS; with
+#: half of it bulk costs nearly twice as much per byte as with long turns.
 SHORT_TURN = 64 * 1024
 
 #: Seconds for which a connection counts as talking after it said something, and as bulk
