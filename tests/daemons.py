@@ -23,6 +23,18 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+def read_exactly(connection: socket.socket, count: int) -> bytes:
+    """
+    @return: C{count} bytes, or what came before an earlier end.  C{MSG_WAITALL} would not do:
+        a socket with a timeout does not block, and the kernel then returns what is there.
+    """
+    parts = []
+    while count and (part := connection.recv(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
 class Daemon:
     """One C{twistd relaymux}, in the foreground, its output in a file."""
 

@@ -27,7 +27,7 @@ from relaymux.core.replay import ReplayBuffer
 from relaymux.core.session import Session
 from relaymux.core.window import ReceiveWindow
 from relaymux.errors import ErrorCode, LocalError
-from relaymux.net.sockets import GATHER_TURN
+from relaymux.net.turns import LONG_TURN
 from tests.accounting import assert_accounted
 from tests.wire import DATA, INSTANCE, OPEN, REFUSED, frame, hello, join, opening, parse, u16
 
@@ -305,7 +305,7 @@ class GrowthTests(SynchronousTestCase):
 
     def test_allowance_is_one_turn(self) -> None:
         """What a stream may have written and not sent is what is gathered of a local socket at once."""
-        self.assertEqual(STREAM_WRITES, GATHER_TURN)
+        self.assertEqual(STREAM_WRITES, LONG_TURN)
 
     def test_parked(self) -> None:
         """Without a link a session keeps what it has and draws nothing; the new link measures anew."""

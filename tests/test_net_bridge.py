@@ -8,6 +8,7 @@ import struct
 
 from twisted.internet.task import deferLater
 
+from relaymux.net.turns import LONG_TURN, SHORT_TURN, TALK_SECONDS, turns_for
 from tests.bridges import LARGE, BridgeTestCase
 from tests.peers import stamped
 from tests.sockets import reactor
@@ -63,6 +64,17 @@ class DataTests(BridgeTestCase):
         self.connection.release()
         far = await self.accept()
         self.assertEqual(await self.ended(far), b"all I have to say")
+
+    async def test_little_makes_turns_short(self) -> None:
+        """A small message, sent or received, is noticed where the length of turns is decided."""
+        self.serve()
+        near, far = await self.pair()
+        turns = turns_for(reactor)
+        for sender, receiver in ((near, far), (far, near)):
+            began = reactor.seconds()
+            self.assertEqual(LONG_TURN, turns.limit(began + TALK_SECONDS))
+            await self.exchange([(sender, receiver, b"a request")])
+            self.assertEqual(SHORT_TURN, turns.limit(began + TALK_SECONDS))
 
     async def test_server_speaks_first(self) -> None:
         """Nothing waits for a first byte of the client: an NBD server greets."""

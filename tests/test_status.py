@@ -13,7 +13,7 @@ from unittest import mock
 
 from relaymux import status
 from relaymux.cli import main
-from tests.daemons import PATIENCE, read_all
+from tests.daemons import PATIENCE, read_all, read_exactly
 from tests.test_core_nbd import QEMU
 from tests.test_vms import NBD, VmTestCase
 
@@ -56,7 +56,7 @@ class StatusTests(VmTestCase):
             sender.settimeout(PATIENCE)
             receiver.settimeout(PATIENCE)
             sender.sendall(data)
-            self.assertEqual(receiver.recv(len(data), socket.MSG_WAITALL), data)
+            self.assertEqual(read_exactly(receiver, len(data)), data)
         for connection in (near, far):
             self.addCleanup(connection.close)
         return near, far
@@ -104,7 +104,7 @@ class StatusTests(VmTestCase):
         def talk() -> None:
             while not stop.is_set():
                 near.sendall(bytes(50_000))
-                far.recv(50_000, socket.MSG_WAITALL)
+                read_exactly(far, 50_000)
 
         talking = threading.Thread(target=talk)
         talking.start()

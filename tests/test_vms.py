@@ -26,7 +26,7 @@ from relaymux.net.peer import Identity, Peer
 from relaymux.service.anyvm import MOST_ARRIVING, AnyVm
 from relaymux.service.config_sections import LibvirtSection, LinkSection, ServiceSection, VmSection
 from relaymux.service.sockets import LocalSockets
-from tests.daemons import PATIENCE, Daemon, read_all
+from tests.daemons import PATIENCE, Daemon, read_all, read_exactly
 from tests.test_disks import NOBODY
 
 RAM = "ram.tunnelmigrate.dest.web1"
@@ -124,7 +124,7 @@ class VmTestCase(SynchronousTestCase):
             for one, two in ((connection, other), (other, connection)):
                 data = self.random.randbytes(100_000)
                 one.sendall(data)
-                self.assertEqual(two.recv(len(data), socket.MSG_WAITALL), data, f"seed {self.seed}")
+                self.assertEqual(read_exactly(two, len(data)), data, f"seed {self.seed}")
             other.shutdown(socket.SHUT_WR)
             self.assertEqual(read_all(connection), b"")
         return connection

@@ -195,7 +195,9 @@ class Bridge:
     def from_local(self, buffers: Sequence[memoryview]) -> None:
         """Bytes for the peer."""
         assert self._stream is not None
-        self.sent += sum(map(len, buffers))
+        count = sum(map(len, buffers))
+        self.sent += count
+        self.local.transport.passed(count)
         if self.watcher is not None:
             self.watcher.passed_from_local(buffers)
         self._stream.writeBuffers(buffers)
@@ -238,6 +240,7 @@ class Bridge:
 
     def from_stream(self, buffers: Sequence[memoryview]) -> None:
         """Bytes for the local program."""
+        self.local.transport.passed(sum(map(len, buffers)))
         if self.watcher is not None:
             self.watcher.passed_from_stream(buffers)
         self.local.transport.writeBuffers(buffers)

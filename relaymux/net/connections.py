@@ -146,13 +146,11 @@ class Connections:
     def joined(self, connection: Connection, stream: StreamTransport) -> None:
         connection.request = None
         self.totals.opened += 1
+        # Said of every connection, as its end is: Twisted takes long to put many fields together.
         self._log.info(
-            "{section}: connection {number} open, {path}, stream {stream} of link {peer}",
-            section=self._local.section,
-            number=connection.number,
-            path=connection.path,
-            stream=stream.stream_id,
-            peer=self._peer.name,
+            "{text}",
+            text=f"{self._local.section}: connection {connection.number} open, {connection.path},"
+            f" stream {stream.stream_id} of link {self._peer.name}",
         )
         if self._local.is_nbd:
             DiskWatcher(
@@ -233,17 +231,11 @@ class Connections:
             self.totals.failed += 1
         seconds = self._reactor.seconds() - connection.began
         (self._log.info if ending.is_clean else self._log.warn)(
-            "{section}: {connection} {ending}, {sent} sent, {received} received,"
-            " {seconds:.1f} s, {rate}; {left}; {path}",
-            section=self._local.section,
-            connection=connection,
-            ending=ending,
-            sent=exact_amount(bridge.sent),
-            received=exact_amount(bridge.received),
-            seconds=seconds,
-            rate=rate(bridge.sent + bridge.received, seconds),
-            left=_left_over(bridge),
-            path=connection.path,
+            "{text}",
+            text=f"{self._local.section}: {connection} {ending},"
+            f" {exact_amount(bridge.sent)} sent, {exact_amount(bridge.received)} received,"
+            f" {seconds:.1f} s, {rate(bridge.sent + bridge.received, seconds)};"
+            f" {_left_over(bridge)}; {connection.path}",
         )
 
 

@@ -50,6 +50,7 @@ from relaymux.interfaces import IBufferReceiver, IBufferTransport, IHalfReadTran
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.sending import SendingSocket
+from relaymux.net.turns import Talker, turns_for
 
 __all__ = ["LINGER_SECONDS", "PLAIN_READ", "READ_ROOM", "SocketTransport"]
 
@@ -64,14 +65,10 @@ READ_ROOM = 64 * 1024
 #: flowing, and meanwhile more has arrived.  Going back to the reactor for it would
 #: cost a wake-up per read; measured over a TCP link, this takes the source's from
 #: 4,600 to 1,600 per GB.
-READ_AGAIN = 64 * 1024
+READ_AGAIN = 16 * 1024
 
-#: Bytes gathered at most before they are handed on to a receiver of buffers: one bulk
-#: frame, and what the memory of a daemon allows a stream to have written
-#: (L{relaymux.core.budget.STREAM_WRITES}).
-GATHER_TURN = 512 * 1024
-
-#: Bytes read before others have their turn in the reactor.
+#: Bytes read and dropped, or given to a protocol that takes C{bytes}, before others have
+#: their turn in the reactor.
 READ_TURN = 1024 * 1024
 
 #: Bytes at most to a protocol that takes C{bytes}, as Twisted does it.
@@ -109,6 +106,8 @@ class SocketTransport(SendingSocket):
         self.protocol = protocol
         self._clock = reactor
         self._pool = pool
+        self._turns = turns_for(reactor)
+        self._talker = Talker(self._turns)
         self._flush_seconds = flush_seconds
         self._input_open = True
         self._output_reset = False
@@ -139,6 +138,13 @@ class SocketTransport(SendingSocket):
 
     def getPeer(self) -> IAddress:
         return self._peer
+
+    def passed(self, count: int) -> None:
+        """
+        Called by a protocol for which it matters who waits: it passed C{count} bytes on at
+        once, in either direction.  See L{relaymux.net.turns}.
+        """
+        self._talker.passed(count, self._clock.seconds())
 
     # Reading
 
@@ -174,7 +180,7 @@ class SocketTransport(SendingSocket):
         """Gather what is there, then hand it on at once: what a hand-over costs is per hand-over."""
         buffers: list[memoryview] = []
         ended: OSError | bool = False
-        turn = GATHER_TURN
+        turn = self._turns.limit(self._clock.seconds())
         while turn > 0:
             room = self._pool.room(READ_ROOM)[:turn]
             try:
