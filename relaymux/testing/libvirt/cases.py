@@ -251,7 +251,16 @@ CASES: dict[str, Case] = {
     "three machines, both ways": _three_at_once,
     "ten times back and forth": _back_and_forth,
     "reset 3 s in each phase": _struck(*_RESETS),
-    "reset 3 s, three times, disks": _struck(*((Moment.DISKS, Fault.RESET, 3.0),) * 3),
+    **{
+        f"reset 3 s, three times, {moment.value}": _struck(*((moment, Fault.RESET, 3.0),) * 3)
+        for moment in Moment
+        if moment is not Moment.SWITCHOVER
+    },
+    # Over before a second reset comes: three migrations instead.
+    **{
+        f"reset 3 s, switchover, {turn} of 3": _struck((Moment.SWITCHOVER, Fault.RESET, 3.0))
+        for turn in (1, 2, 3)
+    },
     "black hole 10 s, disks": _struck((Moment.DISKS, Fault.BLACK_HOLE, 10.0)),
     "black hole 10 s, memory": _struck((Moment.MEMORY, Fault.BLACK_HOLE, 10.0)),
     "black hole 60 s": _given_up,

@@ -71,6 +71,7 @@ class Saboteur:
     plan: Sequence[Strike]
     changed: Callable[[Strike, bool], None] = lambda strike, mended: None
     done: list[Strike] = field(default_factory=list)
+    _sends_memory: bool = False
 
     async def run(self) -> None:
         """
@@ -113,10 +114,11 @@ class Saboteur:
             return self.destination.path(f"/run/libvirt/qemu/{name}.pid").exists()
         if moment is Moment.DISKS:
             return await self._disk_begun()
-        job = await job_figures(self.source, name)
-        if moment is Moment.MEMORY:
-            return job.get("Memory processed", 0.0) > 0
-        return job.get("Memory processed", 0.0) > 0 and self._stopped()
+        if not self._sends_memory:
+            job = await job_figures(self.source, name)
+            self._sends_memory = job.get("Memory processed", 0.0) > 0
+        # Libvirt is not asked again: its answer may take as long as the guest is stopped.
+        return self._sends_memory and (moment is Moment.MEMORY or self._stopped())
 
     async def _disk_begun(self) -> bool:
         for disk in self.machine.domain.disks:
