@@ -62,7 +62,8 @@ def makeService(options: Options) -> IService:
     except RelaymuxError as error:
         raise SystemExit(f"relaymux: {error}") from None
     atexit.register(_exit_with, service)
-    clock.callWhenRunning(_spare_the_collector)
+    # Not when it begins to run: before the service has its signal handlers a SIGTERM kills.
+    clock.callLater(0, _spare_the_collector)
     return service
 
 

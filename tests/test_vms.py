@@ -323,7 +323,7 @@ class AnyVmTests(VmTestCase):
         stranger = self.directory / "hv-a/vms/hv-b/control.notes"
         stranger.touch()
         a = self.start("hv-a")
-        a.wait_for("vm web1: runs here")
+        a.wait_for("relaymux hv-a started")
         self.assertEqual(self.names("hv-a", "hv-b"), {CONTROL, RAM, NBD, stranger.name})
         self.assertEqual(a.stop(), 0, a.output())
         self.assertEqual(list(stranger.parent.iterdir()), [stranger])

@@ -92,13 +92,6 @@ class RelayService(Service):
             self._progress.start(self._configuration.progress, now=False)
         # The reactor sets its own handlers when it starts to run.
         self._reactor.callWhenRunning(self._take_signals)
-        self._log.info(
-            "relaymux {name} started: {links} links, {services} sockets, from {file}",
-            name=self._configuration.name,
-            links=len(self._peers),
-            services=len(self._sockets),
-            file=self._configuration.file,
-        )
 
     def stopService(self) -> Deferred[None]:
         """Drain, unless that was done, and close everything."""
@@ -216,6 +209,14 @@ class RelayService(Service):
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        # Only now: whoever reads it may stop the daemon, and it ends in order.
+        self._log.info(
+            "relaymux {name} started: {links} links, {services} sockets, from {file}",
+            name=self._configuration.name,
+            links=len(self._peers),
+            services=len(self._sockets),
+            file=self._configuration.file,
+        )
 
     def _on_signal(self, number: int, _: object) -> None:
         self._reactor.callFromThread(self._asked_to_stop, signal.Signals(number).name)
