@@ -35,7 +35,6 @@ _ROOM = 64 * 1024
 _RECORD = 16 * 1024
 
 _BINDINGS = (
-    "BIO_free",
     "BIO_get_mem_data",
     "BIO_new_mem_buf",
     "BIO_read",
