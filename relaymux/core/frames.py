@@ -153,6 +153,19 @@ class FrameDecoder:
                 position = self._read_header(data, position, end)
                 if not self._in_payload:
                     return
+            length = self._length
+            if self._missing == length <= end - position:
+                # All of it is here, as nearly always: no detour over the pieces.
+                payload = data[position : position + length]
+                position += length
+                self._missing = 0
+                self._in_payload = False
+                size = HEADER_BYTES + length
+                if self._kind == _DATA:
+                    yield Frame(_DATA, self._stream_id, b"", [payload] if length else [], size)
+                else:
+                    yield Frame(self._kind, self._stream_id, bytes(payload), [], size)
+                continue
             take = min(self._missing, end - position)
             if take:
                 self._keep(data[position : position + take], take)

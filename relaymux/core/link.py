@@ -192,10 +192,10 @@ class Link:
             for buffer in buffers:
                 for frame in self._decoder.feed(buffer):
                     if frame.kind >= FIRST_SEQUENCED:
-                        yield from self._open_session(frame).receive_frame(frame)
+                        yield from (self.session or self._open_session(frame)).receive_frame(frame)
                     else:
                         yield from self._on_link_frame(frame, now)
-                    if self.ended:
+                    if self.state is LinkState.ENDED:
                         return
         except RemoteProtocolError as error:
             yield self._fault(error)

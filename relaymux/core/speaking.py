@@ -149,16 +149,16 @@ class Speaker:
         self._queue(Kind.REFUSED, stream_id, encode_coded_text(code, text))
         return self._end_receive(stream, code)
 
-    def write(self, stream_id: int, data: Buffer) -> None:
+    def write(self, stream_id: int, *buffers: Buffer) -> None:
         """
-        Send C{data}, which is kept by reference and must not change.
+        Send C{buffers}, which are kept by reference and must not change.
 
         @raise LocalError: the direction was ended, or there is no such stream.
         """
-        stream = self._stream(stream_id)
-        stream.send.write(data)
-        if stream.send.ready:
-            self._turns.add(stream_id, stream.send.queued)
+        send = self._stream(stream_id).send
+        send.write(*buffers)
+        if send.ready:
+            self._turns.add(stream_id, send.queued)
 
     def finish(self, stream_id: int) -> None:
         """Half-close: no more data from this side."""

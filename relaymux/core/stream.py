@@ -73,22 +73,21 @@ class SendHalf:
     def ready(self) -> bool:
         """Whether there is something that credit allows to send: data, or the FIN after the last."""
         if self.queued:
-            return self.window.room > 0
+            return self.window.limit > self.window.sent
         return self.state is SendState.FINISHING
 
-    def write(self, data: Buffer) -> None:
+    def write(self, *buffers: Buffer) -> None:
         """
-        Queue C{data}.
+        Queue C{buffers}.
 
         @raise LocalError: the direction was ended before.
         """
         if self.state is not SendState.OPEN:
             raise LocalError(f"stream {self.stream_id}: write after {self.state.value}")
-        size = len(data)
-        if size:
-            self._queue.append(data)
-            self.accepted += size
-            self.queued += size
+        size = sum(map(len, buffers))
+        self._queue.extend(filter(None, buffers))
+        self.accepted += size
+        self.queued += size
 
     def take(self, limit: int) -> tuple[list[Buffer], int]:
         """
@@ -98,9 +97,15 @@ class SendHalf:
         @return: buffers and their total size, which is 0 if nothing can be sent.
         """
         limit = min(limit, self.window.room, self.queued)
-        taken: list[Buffer] = []
-        missing = limit
         queue = self._queue
+        if limit == self.queued:
+            taken = list(queue)
+            queue.clear()
+            self.queued = 0
+            self.window.sent += limit
+            return taken, limit
+        taken = []
+        missing = limit
         while missing > 0:
             buffer = queue.popleft()
             size = len(buffer)

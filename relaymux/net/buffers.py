@@ -116,10 +116,15 @@ class BufferPool:
         lent = self._lent
         if _is_returned(lent[-1]):
             return lent.pop()
+        returned = self._returned
         for _ in range(min(LOOKED_AT, len(lent))):
-            buffer = lent.popleft()
-            (self._returned if _is_returned(buffer) else lent).append(buffer)
-        return self._returned.pop() if self._returned else self._new()
+            if _is_returned(lent[0]):
+                returned.append(lent.popleft())
+            elif returned:
+                break  # those behind it were lent later
+            else:
+                lent.rotate(-1)  # it may be held for long: others have their turn
+        return returned.pop() if returned else self._new()
 
     def _new(self) -> bytearray:
         return bytearray(self.size + 1)

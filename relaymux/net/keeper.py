@@ -21,6 +21,7 @@ from twisted.python.failure import Failure
 
 from relaymux.core.budget import Account, Budget, link_beginning
 from relaymux.core.events import (
+    DataReceived,
     Event,
     GoawayReceived,
     HelloReceived,
@@ -164,7 +165,10 @@ class SessionKeeper:
 
     def link_event(self, link: LinkProtocol, event: Event) -> None:
         """See L{LinkOwner.link_event}."""
-        if isinstance(event, HelloReceived):
+        if isinstance(event, DataReceived):  # by far the most
+            if link is self._link and self._held is not None:
+                self._held.streams.handle((event,))
+        elif isinstance(event, HelloReceived):
             self._on_hello(link, event.hello)
         elif isinstance(event, WelcomeReceived):
             self._on_welcome(link, event.welcome)

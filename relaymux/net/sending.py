@@ -13,11 +13,25 @@ from twisted.internet.interfaces import IProducer
 
 from relaymux.interfaces import Buffer, IBufferReceiver
 
-__all__ = ["SendingSocket"]
+__all__ = ["SendingSocket", "total_length"]
 
 #: Buffers gathered for one C{sendmsg}.  The kernel allows 1024; a socket
 #: rarely has room for this many, and the rest was gathered in vain.
 SEND_BUFFERS = 64
+
+#: What may be queued by reference.
+_BUFFERS = frozenset((bytes, memoryview))
+
+
+def total_length(buffers: Sequence[Buffer]) -> int:
+    """
+    @return: how many bytes C{buffers} hold.
+    @raise TypeError: one of them is nothing that can be queued by reference.
+    """
+    if not _BUFFERS.issuperset(map(type, buffers)):
+        names = sorted({type(buffer).__name__ for buffer in buffers})
+        raise TypeError(f"data must be bytes or memoryviews, not {', '.join(names)}")
+    return sum(map(len, buffers))
 
 
 class SendingSocket(FileDescriptor):
@@ -57,11 +71,7 @@ class SendingSocket(FileDescriptor):
         self.writeBuffers(tuple(iovec))
 
     def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
-        total = 0
-        for buffer in buffers:
-            if not isinstance(buffer, (bytes, memoryview)):
-                raise TypeError(f"data must be bytes or a memoryview, not {type(buffer).__name__}")
-            total += len(buffer)
+        total = total_length(buffers)
         if not total or not self._output_open or self._output_ending:
             return
         if self._queue:

@@ -178,10 +178,9 @@ class StreamTransport:
         """See L{IBufferTransport.writeBuffers}."""
         if not self.writable:
             return
-        for buffer in buffers:
-            self._session.write(self.stream_id, buffer)
+        self._session.write(self.stream_id, *buffers)
         self._streams.flush()
-        if self.queuedBytes:
+        if self._producer and self.queuedBytes:
             self._call(self._producer.hold)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
@@ -290,16 +289,17 @@ class StreamTransport:
 
     # What the session's table tells us.
 
-    def data_received(self, buffers: list[memoryview]) -> None:
-        """Bytes arrived."""
+    def data_received(self, buffers: list[memoryview], size: int) -> None:
+        """C{size} bytes arrived."""
         if self._paused or self._inbox or self._protocol is None or self._delivering:
             # If that fails they are lost, as they count as received: then the stream is over.
             self._call(self._inbox.add, buffers)
-        else:
-            self._delivering = True
-            self._give(buffers)
-            self._delivering = False
-        self._deliver()
+            return
+        self._delivering = True
+        self._give(buffers, size)
+        self._delivering = False
+        if self._inbox or self._finish_pending:
+            self._deliver()
 
     def finished(self) -> None:
         """The peer half-closed."""
@@ -375,7 +375,8 @@ class StreamTransport:
             return
         self._delivering = True
         while self._inbox and not self._paused and self.connected:
-            self._give(self._inbox.take())
+            buffers = self._inbox.take()
+            self._give(buffers, sum(map(len, buffers)))
         self._delivering = False
         if self._finish_pending and not self._inbox and not self._paused and self.connected:
             self._finish_pending = False
@@ -386,9 +387,8 @@ class StreamTransport:
                 self._call(self._producer.stop)
                 self.loseConnection()
 
-    def _give(self, buffers: Sequence[memoryview]) -> None:
+    def _give(self, buffers: Sequence[memoryview], given: int) -> None:
         assert self._protocol is not None
-        given = sum(map(len, buffers))
         if self._receiver is not None:
             self._call(self._receiver.buffersReceived, buffers)
         else:

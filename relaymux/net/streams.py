@@ -142,6 +142,11 @@ class SessionStreams:
     def handle(self, events: Iterable[Event]) -> None:
         """Tell the streams concerned."""
         for event in events:
+            if isinstance(event, DataReceived):  # by far the most
+                stream = self._streams.get(event.stream_id)
+                if stream is not None:
+                    stream.data_received(event.buffers, event.size)
+                continue
             if isinstance(event, StreamOpened):
                 self._opened(event)
                 continue
@@ -223,9 +228,7 @@ class SessionStreams:
             stream.closed()
 
     def _tell(self, stream: StreamTransport, event: Event) -> None:
-        if isinstance(event, DataReceived):
-            stream.data_received(event.buffers)
-        elif isinstance(event, StreamFinished):
+        if isinstance(event, StreamFinished):
             stream.finished()
         elif isinstance(event, StreamClosed):
             self._closed(stream, event)

@@ -21,8 +21,10 @@ from relaymux.net.buffers import BufferPool
 
 __all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "Engine", "FastEngine", "make_engine"]
 
-#: Plain bytes encrypted before they are sent.
-BATCH = 512 * 1024
+#: Plain bytes encrypted before they are sent: what a link hands over at once
+#: (L{relaymux.net.link.FLUSH_BYTES} and a frame more, with their headers), so that no
+#: frame's last bytes leave alone and wake the peer for nothing.
+BATCH = 640 * 1024
 
 #: A batch encrypted: each record of 16 KiB grows by 22 bytes.  A pool with
 #: buffers of this size holds a batch in one.

@@ -9,6 +9,7 @@ from typing import Any
 from twisted.internet.interfaces import IProducer
 
 from relaymux.interfaces import Buffer, IBufferReceiver
+from relaymux.net.sending import total_length
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.tlsengine import BATCH, Engine
 
@@ -60,11 +61,7 @@ class EncryptingConsumer:
         self.writeBuffers(tuple(data))
 
     def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
-        total = 0
-        for buffer in buffers:
-            if not isinstance(buffer, (bytes, memoryview)):
-                raise TypeError(f"data must be bytes or a memoryview, not {type(buffer).__name__}")
-            total += len(buffer)
+        total = total_length(buffers)
         if not total or not self.connected or self._reason is not None:
             return
         self._queue.extend(buffers)
