@@ -11,10 +11,12 @@ from twisted.internet.error import ConnectionAborted, ConnectionDone, Connection
 from twisted.internet.interfaces import IConsumer, IPushProducer, ITransport
 from zope.interface.verify import verifyObject
 
+from relaymux.core.frames import HEADER_BYTES
 from relaymux.core.resume import EXPORTER_BYTES
+from relaymux.core.schedule import SHARED_FRAME
 from relaymux.interfaces import IBufferTransport, IExportingTransport, IIdentifiedTransport
 from relaymux.net import tlssockets
-from relaymux.net.link import LinkProtocol
+from relaymux.net.link import FLUSH_BYTES, LinkProtocol
 from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine
 from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
 from tests.tls import AUTHORITY, SERVER, TLSTestCase
@@ -99,6 +101,20 @@ class EstablishedTests(TLSTestCase):
             client.transport.writeBuffers(buffers)
         await self.arrived(server, len(LARGE))
         self.assertEqual(server.received, LARGE, f"seed {seed}")
+
+    async def test_one_frame_in_one_piece(self) -> None:
+        """What a link hands over at once is handed to the kernel at once: no few bytes follow it alone."""
+        client, _ = await self.pair()
+        pieces: list[int] = []
+        write = client.transport._socket.writeBuffers
+        self.patch(
+            client.transport._socket,
+            "writeBuffers",
+            lambda buffers: (pieces.append(len(buffers)), write(buffers)),
+        )
+        payload = memoryview(LARGE)[: FLUSH_BYTES + SHARED_FRAME]
+        client.transport.writeBuffers([bytes(HEADER_BYTES), payload])
+        self.assertEqual(pieces, [1])
 
     async def test_pause(self) -> None:
         """A paused protocol gets nothing more, not even what was decrypted with it; resuming brings it."""
