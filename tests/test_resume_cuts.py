@@ -227,6 +227,11 @@ class Script:
             and all(server.talkers for server in self.servers.values())
             and all_lost(self.talkers.values())
             and all_lost(self._served)
+            # A reset is told at once, its bytes are counted when the other side has answered:
+            # with a cut in between the farewell would otherwise be the one to find them missing.
+            and not any(
+                host.peer._held and host.peer._held.streams.session.streams for host in self.hosts.ends
+            )
         )
 
     def outcome(self) -> dict[str, Any]:

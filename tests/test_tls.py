@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
@@ -14,7 +14,7 @@ from zope.interface.verify import verifyObject
 from relaymux.core.frames import HEADER_BYTES
 from relaymux.core.resume import EXPORTER_BYTES
 from relaymux.core.schedule import SHARED_FRAME
-from relaymux.interfaces import IBufferTransport, IExportingTransport, IIdentifiedTransport
+from relaymux.interfaces import Buffer, IBufferTransport, IExportingTransport, IIdentifiedTransport
 from relaymux.net import tlssockets
 from relaymux.net.link import FLUSH_BYTES, LinkProtocol
 from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine
@@ -107,11 +107,12 @@ class EstablishedTests(TLSTestCase):
         client, _ = await self.pair()
         pieces: list[int] = []
         write = client.transport._socket.writeBuffers
-        self.patch(
-            client.transport._socket,
-            "writeBuffers",
-            lambda buffers: (pieces.append(len(buffers)), write(buffers)),
-        )
+
+        def count(buffers: Sequence[Buffer]) -> None:
+            pieces.append(len(buffers))
+            write(buffers)
+
+        self.patch(client.transport._socket, "writeBuffers", count)
         payload = memoryview(LARGE)[: FLUSH_BYTES + SHARED_FRAME]
         client.transport.writeBuffers([bytes(HEADER_BYTES), payload])
         self.assertEqual(pieces, [1])
