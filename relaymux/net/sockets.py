@@ -46,6 +46,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from relaymux.core.schedule import LITTLE
 from relaymux.interfaces import IBufferReceiver, IBufferTransport, IHalfReadTransport
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
@@ -106,10 +107,12 @@ class SocketTransport(SendingSocket):
         self.protocol = protocol
         self._clock = reactor
         self._pool = pool
+        self._descriptor = sock.fileno()
         self._turns = turns_for(reactor)
         self._talker = Talker(self._turns)
         self._flush_seconds = flush_seconds
         self._input_open = True
+        self._brings_bulk = False  # the last turn of reading did
         self._output_reset = False
         self._paused = False
         self._ending: Exception | None = None
@@ -167,6 +170,14 @@ class SocketTransport(SendingSocket):
         time than it gains.  UNIX sockets have nothing of the kind.
         """
 
+    def stopReading(self) -> None:
+        self._turns.forget(self._descriptor)
+        super().stopReading()
+
+    def read_in_between(self) -> None:
+        """See L{LittleReader}."""
+        self._tell(self.doRead)
+
     def doRead(self) -> None:
         if self._paused and not self.disconnecting:
             self.stopReading()
@@ -178,11 +189,16 @@ class SocketTransport(SendingSocket):
 
     def _read_buffers(self, receiver: IBufferReceiver) -> None:
         """Gather what is there, then hand it on at once: what a hand-over costs is per hand-over."""
+        now = self._clock.seconds()
+        if self._brings_bulk:
+            self._turns.let_little_read(now)
+            if self._paused or self.disconnecting or not self._input_open:
+                return  # due to what the others brought
         buffers: list[memoryview] = []
         ended: OSError | bool = False
-        turn = self._turns.limit(self._clock.seconds())
-        while turn > 0:
-            room = self._pool.room(READ_ROOM)[:turn]
+        left = turn = self._turns.limit(now)
+        while left > 0:
+            room = self._pool.room(READ_ROOM)[:left]
             try:
                 count = self.socket.recv_into(room)
             except BlockingIOError:
@@ -194,9 +210,14 @@ class SocketTransport(SendingSocket):
                 ended = True
                 break
             buffers.append(self._pool.take(count))
-            turn -= count
+            left -= count
             if count < READ_AGAIN and count < len(room):
                 break
+        brought_bulk, self._brings_bulk = self._brings_bulk, turn - left > LITTLE
+        if self._brings_bulk and not brought_bulk:
+            self._turns.forget(self._descriptor)
+        elif buffers and not self._brings_bulk:
+            self._turns.expect(self._descriptor, self, now)
         if buffers:
             receiver.buffersReceived(buffers)
         if ended and self._input_open:
