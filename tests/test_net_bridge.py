@@ -6,12 +6,18 @@ import os
 import socket
 import struct
 
+from twisted.internet.defer import ensureDeferred
 from twisted.internet.task import deferLater
 
+from relaymux.core import flight
+from relaymux.core.budget import Budget
+from relaymux.net.peer import Identity, Peer
 from relaymux.net.turns import LONG_TURN, SHORT_TURN, TALK_SECONDS, turns_for
-from tests.bridges import LARGE, BridgeTestCase
+from tests.bridges import LARGE, LIMITS, BridgeTestCase
 from tests.peers import stamped
 from tests.sockets import reactor
+
+NEAR, FAR = Identity("hv-near", b"n" * 16), Identity("hv-far", b"f" * 16)
 
 
 class DataTests(BridgeTestCase):
@@ -75,6 +81,31 @@ class DataTests(BridgeTestCase):
             self.assertEqual(LONG_TURN, turns.limit(began + TALK_SECONDS))
             await self.exchange([(sender, receiver, b"a request")])
             self.assertEqual(SHORT_TURN, turns.limit(began + TALK_SECONDS))
+
+    async def test_bulk_beside_talk(self) -> None:
+        """Bulk both ways, and questions with their answers: all of it arrives, though bulk is held back."""
+        self.patch(flight, "FLIGHT_BYTES", 4096)
+        self.patch(flight, "FASTEST", 0)
+        self.near = Peer(reactor, "to-far", NEAR, LIMITS, dialing=True, budget=Budget(LARGE))
+        self.far = Peer(reactor, "to-near", FAR, LIMITS, dialing=False, budget=Budget(LARGE))
+        await self.close_link()
+        await self.link()
+        self.serve()
+        asker, answerer = await self.pair()
+        jobs = []
+        for number in range(2):
+            near, far = await self.pair()
+            for sender, receiver, stream in ((near, far, 2 * number), (far, near, 2 * number + 1)):
+                jobs.append((sender, receiver, stamped(LARGE, stream)))
+        done = ensureDeferred(self.exchange(jobs))
+        asked = 0
+        while not done.called:
+            for sender, receiver in ((asker, answerer), (answerer, asker)):
+                await self.send(sender, stamped(64, asked % 1000))
+                self.assertEqual(await self.read(receiver, 64), stamped(64, asked % 1000))
+            asked += 1
+        await done
+        self.assertTrue(asked)
 
     async def test_server_speaks_first(self) -> None:
         """Nothing waits for a first byte of the client: an NBD server greets."""

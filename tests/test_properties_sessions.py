@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 from twisted.trial.unittest import SynchronousTestCase
 
+from relaymux.core import flight
 from relaymux.core.budget import Account, Budget, link_beginning, stream_beginning
 from relaymux.core.events import (
     DataReceived,
@@ -131,8 +132,9 @@ class Sessions(RuleBasedStateMachine):
         assert session is not None
         return session
 
-    def flush(self, side: int, limit: int) -> None:
-        self.pipes[side].extend(join(self.links[side].data_to_send(limit, self.now)))
+    def flush(self, side: int, limit: int, beside_talk: bool = False) -> None:
+        said = self.links[side].data_to_send(limit, self.now, beside_talk=beside_talk)
+        self.pipes[side].extend(join(said))
         if self.links[side].session is not None:
             self.session(side).take_drained()
 
@@ -370,10 +372,10 @@ class Sessions(RuleBasedStateMachine):
         self.goaway[side] = True
         self.session(side).goaway(37, "bye")
 
-    @rule(side=sides, limit=st.sampled_from([1, 100, 2000, 1 << 20]))
-    def say(self, side: int, limit: int) -> None:
-        """Hand frames to the transport."""
-        self.flush(side, limit)
+    @rule(side=sides, limit=st.sampled_from([1, 100, 2000, 1 << 20]), talk=st.booleans())
+    def say(self, side: int, limit: int, talk: bool) -> None:
+        """Hand frames to the transport, while somebody waits for answers or nobody does."""
+        self.flush(side, limit, talk)
 
     @rule(side=sides, count=st.one_of(st.integers(1, 30), st.integers(1, 5000), st.just(1 << 20)))
     def deliver(self, side: int, count: int) -> None:
@@ -477,7 +479,7 @@ class Sessions(RuleBasedStateMachine):
             busy = False
             for side in (0, 1):
                 busy |= self.finish_all(side)
-                self.flush(side, 1 << 20)
+                self.flush(side, 1 << 20, beside_talk=True)
                 busy |= self.arrive(1 - side, 1 << 20)
             self.wait(0.03)
             if not busy and not self.session(0).streams and not self.session(1).streams:
@@ -523,4 +525,6 @@ class SessionsTests(SynchronousTestCase):
 
     def test_two_sessions(self) -> None:
         """They agree with the model in every step, and everything comes to an end."""
+        self.patch(flight, "FLIGHT_BYTES", 300)
+        self.patch(flight, "FASTEST", 0)
         run_state_machine_as_test(Sessions, settings=bounded(80, stateful_step_count=60))

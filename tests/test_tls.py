@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IConsumer, IPushProducer, ITransport
+from twisted.internet.task import Clock
 from zope.interface.verify import verifyObject
 
 from relaymux.core.frames import HEADER_BYTES
@@ -202,7 +203,7 @@ class EstablishedTests(TLSTestCase):
 
         def tie(end: Recorder) -> bytes:
             unused = cast(Any, None)
-            link = LinkProtocol(unused, unused, unused, 1)
+            link = LinkProtocol(Clock(), unused, unused, 1)
             link.transport = end.transport
             return link.exporter
 

@@ -140,13 +140,13 @@ class Core:
         session = Session(dialing=self.dialing, local=self.limits, remote=remote)
         self.link.attach(session, remote, self.now)
 
-    def raw(self, limit: int = 1 << 30) -> bytes:
+    def raw(self, limit: int = 1 << 30, *, beside_talk: bool = False) -> bytes:
         """@return: the bytes it wants to send now."""
-        return join(self.link.data_to_send(limit, self.now))
+        return join(self.link.data_to_send(limit, self.now, beside_talk=beside_talk))
 
-    def say(self, limit: int = 1 << 30) -> list[Said]:
+    def say(self, limit: int = 1 << 30, *, beside_talk: bool = False) -> list[Said]:
         """@return: the frames it wants to send now."""
-        return parse(self.raw(limit))
+        return parse(self.raw(limit, beside_talk=beside_talk))
 
     def shake(self, **terms: object) -> Core:
         """Get through the handshake.  @return: itself."""

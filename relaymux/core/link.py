@@ -23,6 +23,7 @@ from relaymux.core.events import (
     ResumeReceived,
     WelcomeReceived,
 )
+from relaymux.core.flight import UNBOUNDED, Flight
 from relaymux.core.frames import (
     FIRST_SEQUENCED,
     MAX_CONTROL_PAYLOAD,
@@ -78,7 +79,6 @@ class Link:
 
     @ivar state: see L{LinkState}.
     @ivar session: set by L{attach}; gone when the link has ended.
-    @ivar round_trip: seconds that the last PING took; 0 before the first.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class Link:
         """
         self.state = LinkState.HELLO
         self.session: Session | None = None
-        self.round_trip = 0.0
         # A stranger cannot make us hold more than the longest introduction.
         self._decoder = FrameDecoder(MAX_CONTROL_PAYLOAD)
         self._max_payload = local.max_payload
@@ -102,8 +101,7 @@ class Link:
         self._handshake_until = now + HANDSHAKE_SECONDS
         self._heard_at = now
         self._ping_at = now + self._ping_interval
-        self._ping_sent: float | None = None
-        self._ping_number = 0
+        self._flight = Flight()
         self._pong: bytes | None = None
         self._ack_at: float | None = None
         self._resumes = False
@@ -122,6 +120,11 @@ class Link:
     def ended(self) -> bool:
         """Whether the link is over: what is queued may still be sent."""
         return self.state is LinkState.ENDED
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds that the last PING took; 0 before the first."""
+        return self._flight.round_trip
 
     @property
     def missing(self) -> int:
@@ -204,27 +207,32 @@ class Link:
         if session is not None and self._ack_at is None and session.rx_next > session.rx_acknowledged:
             self._ack_at = now + ACK_SECONDS
 
-    def data_to_send(self, limit: int, now: float) -> list[Buffer]:
+    def data_to_send(self, limit: int, now: float, *, beside_talk: bool = False) -> list[Buffer]:
         """
         @param limit: stop after about this many bytes of data; control frames always go.
         @param now: seconds.
+        @param beside_talk: whether somebody waits for answers: then little is in front of them
+            on the way, see L{relaymux.core.flight}.
         @return: buffers to be sent in this order; empty if there is nothing.
         """
         out, self._out = self._out, []
         session = self.session
         if session is not None:
-            frames = session.data_to_send(limit, now)
-            if self._ack_now or session.ack_due or (frames and session.ack_worthwhile):
+            before = session.sent
+            bulk_until = self._flight.bulk_until if beside_talk else UNBOUNDED
+            frames = session.data_to_send(limit, now, bulk_until)
+            leaves = bool(frames) or self._pong is not None
+            if self._ack_now or session.ack_due or (leaves and session.ack_worthwhile):
                 out.append(self._ack(session))
             if self._ping_now:
                 self._ping_now = False
-                self._ping_sent = now
-                self._ping_number += 1
-                out.append(encode(Kind.PING, 0, OFFSET.pack(self._ping_number)))
+                out.append(encode(Kind.PING, 0, self._flight.ping(before, now)))
             if self._pong is not None:
                 out.append(encode(Kind.PONG, 0, self._pong))
                 self._pong = None
             out += frames
+            if beside_talk and self._flight.probe_due(session.sent):
+                out.append(encode(Kind.PING, 0, self._flight.ping(session.sent, now)))
         return out
 
     def next_timer(self) -> float:
@@ -296,17 +304,16 @@ class Link:
             return [ResumedReceived(decode_resume(payload))]
         session = self._open_session(frame)
         if kind == Kind.ACK:
-            session.acknowledge(_number(frame))
+            offset = _number(frame)
+            session.acknowledge(offset)
+            self._flight.arrived(offset)
         elif kind == Kind.PING:
             _number(frame)
             self._pong = payload  # only the latest is answered: a flood of them costs nothing
         elif kind == Kind.PONG:
-            number = _number(frame)
-            if self._ping_sent is not None and number == self._ping_number:
-                self.round_trip = max(0.0, now - self._ping_sent)
-                self._ping_sent = None
-                if session.growth is not None:
-                    session.growth.heard_round_trip(self.round_trip)
+            answered = self._flight.pong(_number(frame), now)
+            if answered and session.growth is not None:
+                session.growth.heard_round_trip(self._flight.round_trip)
         elif kind == Kind.BYE:
             code, text = decode_coded_text(payload, "BYE")
             return [self._end(code, text, by_peer=True, session_over=True)]

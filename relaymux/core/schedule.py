@@ -53,6 +53,11 @@ class TurnQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def has_little(self) -> bool:
+        """Whether a stream with little to send waits for its first turn."""
+        return bool(self._little)
+
     def add(self, stream_id: int, queued: int) -> None:
         """
         Queue C{stream_id}, which did not wait for a turn, unless it does.

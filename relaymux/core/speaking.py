@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from relaymux.core.budget import STREAM_WRITES, Account, stream_beginning
 from relaymux.core.events import Event, StreamClosed
+from relaymux.core.flight import UNBOUNDED
 from relaymux.core.frames import (
     CLOSED,
     CREDIT,
@@ -298,12 +299,19 @@ class Speaker:
         self.rx_acknowledged = self.rx_next
         return self.replay.held_bytes
 
-    def data_to_send(self, limit: int, now: float) -> list[Buffer]:
+    @property
+    def sent(self) -> int:
+        """The offset below which everything was given to the present link, or is known to have arrived."""
+        return self.replay.acknowledged if self._again else self.replay.end
+
+    def data_to_send(self, limit: int, now: float, bulk_until: int = UNBOUNDED) -> list[Buffer]:
         """
         Make frames.
 
         @param limit: stop after so many bytes, or one L{SHARED_FRAME} more; control frames always go.
         @param now: seconds, of the clock that L{Link} is told.
+        @param bulk_until: the offset from which on only streams that have little to send
+            get a turn.  The last turn before it may exceed it by one L{SHARED_FRAME}.
         @return: buffers to be sent in this order; empty if there is nothing.
         """
         if self._again:
@@ -324,13 +332,16 @@ class Speaker:
             self._credit_due.clear()
         size = 0
         while size < limit and self._turns:
+            ahead = bulk_until - self.replay.end
+            if ahead <= 0 and not self._turns.has_little:
+                break
             room = self.replay.room - HEADER_BYTES
             if room <= 0:
                 if self.growth is not None and self.growth.widen_replay(self.replay):
                     continue
                 break
             # Little more than the limit, as all of it is in front of the next urgent frame.
-            size += self._send_turn(out, min(room, max(SHARED_FRAME, limit - size)))
+            size += self._send_turn(out, min(room, max(SHARED_FRAME, min(limit - size, ahead))))
         return out
 
     def _send_again(self, limit: int) -> list[Buffer]:

@@ -35,6 +35,7 @@ from relaymux.interfaces import (
     IExportingTransport,
     IIdentifiedTransport,
 )
+from relaymux.net.turns import turns_for
 
 __all__ = ["LinkListener", "LinkOwner", "LinkProtocol"]
 
@@ -99,6 +100,7 @@ class LinkProtocol(Protocol):
         self.number = number
         self._make_link = make_link
         self._reactor = reactor
+        self._turns = turns_for(reactor)
         self._owner = owner
         self._receiving = False
         self._flushing = False
@@ -242,7 +244,7 @@ class LinkProtocol(Protocol):
         @return: whether there was anything.
         """
         try:
-            buffers = self.link.data_to_send(FLUSH_BYTES, now)
+            buffers = self.link.data_to_send(FLUSH_BYTES, now, beside_talk=self._turns.somebody_talks(now))
             if buffers:
                 self._write(buffers)
         except Exception:
