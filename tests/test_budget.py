@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from relaymux.core import growth
+from relaymux.core import flight, growth
 from relaymux.core.budget import (
     KEPT_SHARE,
     LINK_EXTRA,
@@ -89,11 +89,13 @@ class Line:
     Two daemons, and a way between them of a given delay and rate; time is simulated.
 
     @ivar rate: bytes per second in each direction.
+    @ivar beside_talk: whether somebody waits for answers meanwhile.
     """
 
     def __init__(self, *, memory: int = 1 << 30, delay: float = 0.05, rate: float = 2e6) -> None:
         """@param delay: seconds of each direction."""
         self.delay, self.rate, self.now = delay, rate, 0.0
+        self.beside_talk = False
         self.ends = (End(memory, Hello("near", INSTANCE, LIMITS)), End(memory, None))
         self.streams: list[int] = []
         self.run(max(6 * delay, 0.01))
@@ -132,7 +134,8 @@ class Line:
     def send(self, end: End) -> None:
         """What the line takes in one step; the transport holds no more than that."""
         while end.free_at < self.now + STEP:
-            data = join(end.link.data_to_send(int(self.rate * STEP), self.now))
+            said = end.link.data_to_send(int(self.rate * STEP), self.now, beside_talk=self.beside_talk)
+            data = join(said)
             if not data:
                 return
             end.free_at = max(end.free_at, self.now) + len(data) / self.rate
@@ -164,6 +167,17 @@ class LineTests(SynchronousTestCase):
         # A PING meets at most what the line carries in a step in front of it.
         self.assertLessEqual(line.window(stream_id).size, 4.5 * product)
         self.assertLess(product, line.near.session.replay.capacity + 2 * LIMITS.max_payload)
+        line.check()
+
+    def test_fills_a_long_line_beside_talk(self) -> None:
+        """While somebody waits for answers, a line that is as fast as a daemon carries as much."""
+        self.patch(flight, "FASTEST", int(Line().rate))
+        self.patch(flight, "FLIGHT_BYTES", 2 * LIMITS.max_payload)
+        line = Line()
+        line.open()
+        line.run(3)
+        line.beside_talk = True
+        self.assertGreater(line.run(4), 0.97 * line.rate)
         line.check()
 
     def test_grows_with_every_round_trip(self) -> None:
