@@ -91,7 +91,10 @@ class FaultProxyTestCase(SocketTestCase):
     async def pair(self) -> tuple[socket.socket, socket.socket]:
         """@return: both ends of a connection through the proxy."""
         near = self.connect()
-        return near, await self.accept()
+        far = await self.accept()
+        # The target's kernel is faster: the proxy may not know yet that it was accepted.
+        await self.until(lambda: all(one.far.open for one in self.proxy._live()), "the proxy is connected")
+        return near, far
 
     async def carries(self, near: socket.socket, far: socket.socket, size: int = 300_000) -> None:
         """The connection delivers, both ways."""
