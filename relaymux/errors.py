@@ -173,6 +173,10 @@ class SessionLost(RelaymuxError):
         self.code = code
 
 
+class GivenUp(RelaymuxError):
+    """This daemon itself ended a stream, for the reason in the message."""
+
+
 class StreamReset(RelaymuxError):
     """A stream ended as an error: reset or refused by the peer, or with its session."""
 

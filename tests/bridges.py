@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import capturedLogs, formatEvent
 
@@ -64,8 +65,13 @@ class BridgeTestCase(SocketTestCase):
         far_max_connections: int = 64,
         is_nbd: bool = False,
         others: tuple[str, ...] = (),
+        ends_apart: IReactorTime | None = None,
     ) -> None:
-        """Offer the program's socket at the far end, and listen for it at the near one."""
+        """
+        Offer the program's socket at the far end, and listen for it at the near one.
+
+        @param ends_apart: the clock that lets the near ends go, where they are not to go together.
+        """
         options = (far_open_timeout or open_timeout, far_max_connections)
         if listen:
             self.program = self.far_socket(backlog)
@@ -76,9 +82,16 @@ class BridgeTestCase(SocketTestCase):
         self.far.register(service, self.dialer)
         options = (open_timeout, max_connections)
         self.listener = LocalListener(
-            reactor,
+            ends_apart or reactor,
             self.near,
-            LocalSocket(f"stream {service}", service, self.near_path, *options, is_nbd=is_nbd),
+            LocalSocket(
+                f"stream {service}",
+                service,
+                self.near_path,
+                *options,
+                is_nbd=is_nbd,
+                ends_apart=ends_apart is not None,
+            ),
         )
         bound = bind_unix(self.near_path)
         port = listen_on(reactor, bound.socket, self.listener, pool_for(reactor), closed=bound.remove)

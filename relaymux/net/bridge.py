@@ -8,8 +8,10 @@ What happens at one end is done at the other, as if QEMU's two sockets were one:
     reset, or read error        ->       RESET and STOP_SENDING
     takes no more (EPIPE)       ->       STOP_SENDING
     output ended, all delivered <-       FIN
-    closed abruptly             <-       RESET, refusal, session lost
+    closed abruptly             <-       RESET, refusal, session lost (*)
     input shut                  <-       STOP_SENDING
+
+(*) one after the other, where the local program cannot bear several at once.
 
 Each end is the other's producer, so neither reads what the other cannot take.
 Bytes count as consumed, and give the peer new credit, when the kernel has taken
@@ -28,8 +30,9 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from relaymux.errors import ErrorCode
+from relaymux.errors import ErrorCode, SessionLost
 from relaymux.interfaces import IBufferReceiver
+from relaymux.net.apart import Apart
 from relaymux.net.ending import Ending
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.stream import StreamTransport
@@ -137,10 +140,17 @@ class Bridge:
     @ivar watcher: sees the bytes before they go on; L{None} costs nothing.
     """
 
-    def __init__(self, lost: Callable[[Bridge], None], connected: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        lost: Callable[[Bridge], None],
+        connected: Callable[[], None] = lambda: None,
+        apart: Apart | None = None,
+    ) -> None:
         """
         @param connected: called when the local connection is there.
         @param lost: called once, when neither end is left; C{ending} says why.
+        @param apart: decides when the local connection is closed where relaymux ends the bridge,
+            with others; L{None} closes it at once.
         """
         self.local = LocalEnd(self)
         self.connected = connected
@@ -148,6 +158,9 @@ class Bridge:
         self.received = 0
         self.ending = Ending()
         self.watcher: Watcher | None = None
+        self._apart = apart
+        self._given_up = False
+        self._taken_late = 0
         self._lost: Callable[[Bridge], None] | None = lost
         self._stream: StreamTransport | None = None
         self._local_open = True
@@ -156,6 +169,11 @@ class Bridge:
     def is_local_open(self) -> bool:
         """Whether the local connection was not lost yet."""
         return self._local_open
+
+    @property
+    def is_local_gone(self) -> bool:
+        """Whether the local program has closed, even if what it had sent before is not read yet."""
+        return not self._local_open or self.local.transport.hungUp
 
     @property
     def is_joined(self) -> bool:
@@ -170,7 +188,7 @@ class Bridge:
     @property
     def untaken(self) -> int:
         """When it is over, bytes that arrived for the local program and that it did not take."""
-        return self._stream.untaken if self._stream is not None else 0
+        return self._stream.untaken - self._taken_late if self._stream is not None else 0
 
     def join(self, stream: StreamTransport) -> None:
         """Let bytes flow; C{local} is connected."""
@@ -190,6 +208,18 @@ class Bridge:
         self.ending.lost(reason, here=False)
         self.local.transport.abortConnection()
 
+    def give_up(self, reason: Failure) -> None:
+        """
+        End both ends as an error, when others that were given up have had their time.
+
+        A second call does nothing.  It must be joined, and be one of those that end apart.
+        """
+        stream, apart = self._stream, self._apart
+        assert stream is not None and apart is not None
+        if not self._given_up:
+            self._given_up = True
+            apart.add(lambda: stream.abort(ErrorCode.ABORTED, reason))
+
     # From the local end.
 
     def from_local(self, buffers: Sequence[memoryview]) -> None:
@@ -205,8 +235,12 @@ class Bridge:
     def written_locally(self, count: int) -> None:
         """The kernel took bytes of the peer."""
         self.received += count
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        if self._stream.connected:
             self._stream.consumed(count)
+        else:
+            self._taken_late += count
 
     def local_finished(self) -> None:
         """The local program sends nothing more."""
@@ -261,6 +295,10 @@ class Bridge:
             if reason.check(ConnectionDone):
                 self.local.transport.unregisterProducer()
                 self.local.transport.loseConnection()
+            elif self._apart is not None and reason.check(SessionLost):
+                # The local program is to notice nothing as yet, and nobody is there for what it says.
+                self.local.transport.pauseProducing()
+                self._apart.add(self.local.transport.abortConnection)
             else:
                 self.local.transport.abortConnection()
         self._check_over()

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 
 from relaymux.core.nbd import Export
 from relaymux.net.amounts import exact_amount, rate, rough_amount
+from relaymux.net.apart import Apart
 from relaymux.net.bridge import Bridge
 from relaymux.net.diskwatch import DiskWatcher
 from relaymux.net.peer import Peer
@@ -38,6 +39,8 @@ class LocalSocket:
     @ivar max_connections: open connections at once.
     @ivar others: sockets to dial when nobody listens at C{path}.
     @ivar is_nbd: whether disks are what it carries: then their names are read along.
+    @ivar ends_apart: whether connections that relaymux ends together are ended one after the other
+        (L{Apart}).
     @ivar follow_links: whether what is dialled may be a symbolic link.
     """
 
@@ -48,6 +51,7 @@ class LocalSocket:
     max_connections: int
     others: tuple[str, ...] = ()
     is_nbd: bool = False
+    ends_apart: bool = False
     follow_links: bool = True
 
 
@@ -107,6 +111,7 @@ class Connections:
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket, *, listens: bool) -> None:
         """@param listens: whether the local programs dial, as clients do, or are dialled."""
         self.totals = Totals()
+        self._apart = Apart(reactor) if local.ends_apart else None
         self._listens = listens
         self._reactor = reactor
         self._peer = peer
@@ -129,12 +134,17 @@ class Connections:
         return len(self._open)
 
     def add(self) -> Connection:
-        return self._number_one(Bridge(self._over))
+        return self._number_one(Bridge(self._over, apart=self._apart))
 
     def on_connected(self, connected: Callable[[Connection], None]) -> Bridge:
         """@return: a bridge that becomes a connection when its local end is there."""
-        bridge = Bridge(self._over, lambda: connected(self._number_one(bridge)))
+        bridge = Bridge(self._over, lambda: connected(self._number_one(bridge)), self._apart)
         return bridge
+
+    def hurry(self) -> None:
+        """The daemon stops: what relaymux ends from now on it ends at once."""
+        if self._apart is not None:
+            self._apart.hurry()
 
     def _number_one(self, bridge: Bridge) -> Connection:
         self._number += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 
-from relaymux.errors import ErrorCode, SessionLost, StreamReset
+from relaymux.errors import ErrorCode, GivenUp, SessionLost, StreamReset
 
 __all__ = ["Ending"]
 
@@ -78,6 +78,8 @@ def _cause_there(reason: Failure) -> str:
     error = reason.value
     if isinstance(error, SessionLost):
         return f"{_SESSION_ENDED.get(error.code, 'the daemons lost their session')}: {error}"
+    if isinstance(error, GivenUp):
+        return f"relaymux gave up: {error}"
     if isinstance(error, StreamReset):
         return f"{_STREAM_ENDED.get(error.code, 'the other daemon ended it')}: {error}"
     return f"relaymux ended it: {reason.getErrorMessage()}"

@@ -27,6 +27,7 @@ has ended too.  C{disconnecting} means input is dropped.
 from __future__ import annotations
 
 import errno
+import select
 from collections.abc import Callable
 from contextlib import suppress
 from socket import SHUT_RD, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
@@ -328,6 +329,19 @@ class SocketTransport(SendingSocket):
             self.socket.shutdown(SHUT_RD)
         if self._ending is not None:
             self._later(0, self._close, self._ending)
+
+    @property
+    def hungUp(self) -> bool:
+        """
+        Whether the peer of a UNIX socket has closed it, with whatever was sent before still to be read.
+
+        The reactor does not tell while reading is paused: it does not watch the socket then.
+        """
+        if not self.connected:
+            return True
+        look = select.poll()
+        look.register(self.socket, 0)
+        return any(event & select.POLLHUP for _, event in look.poll(0))
 
     def loseConnection(self) -> None:
         """

@@ -21,6 +21,7 @@ from relaymux.errors import ConfigurationError, RelaymuxError
 from relaymux.net.dialer import Dialer, LinkPort
 from relaymux.net.disks import ensure_directory
 from relaymux.net.peer import Identity, Peer
+from relaymux.service.abandoned import AbandonedMoves
 from relaymux.service.anyvm import AnyVm
 from relaymux.service.config_sections import Configuration, LinkSection
 from relaymux.service.sockets import LocalSockets
@@ -61,6 +62,7 @@ class RelayService(Service):
         for link in configuration.links:
             self._add_link(link, identity)
         self._any_vm = self._serve_any_vm()
+        self._abandoned = AbandonedMoves(reactor, self._sockets, self._peers)
 
     def startService(self) -> None:
         """
@@ -83,6 +85,8 @@ class RelayService(Service):
             raise
         if self._any_vm is not None:
             self._any_vm.start()
+        if any(vm.leaves for vm in self._configuration.vms) or self._any_vm is not None:
+            self._abandoned.start()
         super().startService()
         for port in self._ports:
             port.start().addErrback(self._cannot_start)
@@ -119,6 +123,7 @@ class RelayService(Service):
         )
         if self._any_vm is not None:
             self._any_vm.stop()
+        self._abandoned.stop()
         self._sockets.close()
         drains = [peer.drain(seconds) for peer in self._peers.values()]
         # A link that is lost meanwhile is dialled, or listened for, until the end.

@@ -72,6 +72,8 @@ class LocalSockets:
             section.max_connections,
             others=tuple(map(str, section.others)),
             is_nbd=section.kind == "disk" or section.part == "nbd",
+            # On the source: libvirt is at the other end of what these carry.
+            ends_apart=section.part == "nbd" and section.role == "listen",
             # QEMU's user makes them in a directory of its own.
             follow_links=section.part not in ("ram", "nbd"),
         )
@@ -93,9 +95,11 @@ class LocalSockets:
         self._leaving = [other for other in (*self._leaving, served) if other.connections.open_count]
 
     def close(self) -> None:
-        """Take no more connections from local programs; the sockets are removed."""
+        """Take no more connections from local programs, as the daemon stops; the sockets are removed."""
         for served in self._served:
             self._close(served)
+        for served in self.served:
+            served.connections.hurry()
 
     def tell_progress(self) -> None:
         """Log what moves."""
