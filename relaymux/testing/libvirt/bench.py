@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from relaymux.testing.libvirt.domain import DISK_NAMES, Domain, VirtualMachine, guest_for
+from relaymux.testing.libvirt.endings import one_line_each
 from relaymux.testing.libvirt.host import CommandFailed, Host
 from relaymux.testing.libvirt.moves import Move
 from relaymux.testing.libvirt.rehearsal import Outcome, Rehearsal
@@ -17,13 +18,16 @@ from relaymux.testing.libvirt.relays import Relays
 from relaymux.testing.libvirt.rig import Rig
 from relaymux.testing.qemu.rehearsal import Check
 
-__all__ = ["CLEAN_SECONDS", "NAMES", "Bench"]
+__all__ = ["CLEAN_SECONDS", "NAMES", "Bench", "Case"]
 
 #: The machines that the relays know.
 NAMES = ("web1", "web2", "web3")
 
 #: Seconds until a failed migration must have left nothing behind.
 CLEAN_SECONDS = 60.0
+
+#: Seconds until libvirt must have given up what cannot succeed: by its keepalive it does after 30 s.
+_GIVE_UP_SECONDS = 45.0
 
 _LOOK_SECONDS = 0.2
 
@@ -96,22 +100,30 @@ class Bench:
         return outcome
 
     async def fails(
-        self, machine: VirtualMachine, move: Move, during: Callable[[], Awaitable[None]]
-    ) -> tuple[list[Check], str]:
+        self,
+        machine: VirtualMachine,
+        move: Move,
+        during: Callable[[], Awaitable[None]],
+        decisions: Mapping[int, Mapping[str, str]],
+    ) -> list[Check]:
         """
         Try to move, with something beside it that ends it.
 
-        @return: what was verified of the guest at the source, and virsh's words.
+        @param decisions: for each side whose relay lives on, what its log has to say of whose
+            decision the ends were (L{one_line_each}).
+        @return: what was verified of the guest at the source, of both hosts, and of the logs.
         """
         source, destination = self.ends(0)
         name = machine.domain.name
         before = self.descriptors()
+        told = [len(self.relays.said(side)) for side in (0, 1)]
         beside = asyncio.ensure_future(during())
-        started, said = time.monotonic(), ""
+        started, said, status = time.monotonic(), "", 0
+        words = move.arguments(name, self.relays.route(destination, name))
         try:
-            await source.virsh(*move.arguments(name, self.relays.route(destination, name)), seconds=200)
+            await source.virsh(*words, seconds=_GIVE_UP_SECONDS)
         except CommandFailed as error:
-            said = error.said
+            said, status = error.said, error.status
         took = time.monotonic() - started
         await beside
         ended = time.monotonic()
@@ -125,11 +137,7 @@ class Bench:
         gap = machine.heartbeat.longest_gap(started)
         first = said.partition("\n")[0]
         return [
-            Check(
-                "libvirt gave it up",
-                bool(said),
-                f"after {took:.1f} s: {first}",
-            ),
+            Check("libvirt gave it up", status > 0, f"after {took:.1f} s: {first}"),
             Check(
                 "the guest runs on at the source, and verifies itself",
                 places == [source.name] and machine.heartbeat.side == 0,
@@ -140,7 +148,11 @@ class Bench:
                 not left,
                 f"{cleaned:.0f} s later: {', '.join(left) if left else 'no domain, no QEMU, no connection'}",
             ),
-        ], said
+            *(
+                one_line_each(self.rig.hosts[side].name, self.relays.said(side)[told[side] :], name, wanted)
+                for side, wanted in decisions.items()
+            ),
+        ]
 
     def ends(self, side: int) -> tuple[Host, Host]:
         """@return: where from and where to."""
@@ -168,3 +180,7 @@ class Bench:
 def _resident(pid: int) -> int:
     pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+#: One case: what it verified.
+Case = Callable[[Bench], Awaitable[list[Check]]]

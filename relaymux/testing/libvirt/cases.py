@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from relaymux.testing.libvirt.bench import CLEAN_SECONDS, NAMES, Bench
-from relaymux.testing.libvirt.faults import Fault, Moment, Saboteur, Strike
+from relaymux.testing.libvirt.bench import CLEAN_SECONDS, NAMES, Bench, Case
+from relaymux.testing.libvirt.faultcases import FAULT_CASES
 from relaymux.testing.libvirt.host import CommandFailed, Host
 from relaymux.testing.libvirt.moves import Move
 from relaymux.testing.qemu.rehearsal import Check
 
-__all__ = ["BUSY_CASES", "CASES", "POSTCOPY_CASES", "Case"]
-
-Case = Callable[[Bench], Awaitable[list[Check]]]
+__all__ = ["BUSY_CASES", "CASES", "POSTCOPY_CASES"]
 
 _DISKS = ("vda", "vdc")
-
-#: MiB per second, where a migration is to last a while.
-_SLOW = 24
 
 #: Seconds until what does not come is given up.
 _PATIENCE = 120.0
@@ -76,60 +71,6 @@ async def _three_at_once(bench: Bench) -> list[Check]:
         for machine, outcome in zip(machines, outcomes, strict=True)
         for check in outcome.checks
     ]
-
-
-def _struck(*strikes: tuple[Moment, Fault, float]) -> Case:
-    async def case(bench: Bench) -> list[Check]:
-        machine = await bench.machine(_DISKS)
-        source, destination = bench.ends(0)
-        plan = [Strike(*strike) for strike in strikes]
-        saboteur = Saboteur(bench.relays, machine, source, destination, plan)
-        outcome = await bench.move(
-            machine, Move(_DISKS, bandwidth=_SLOW), during=saboteur.run, may_redial=True
-        )
-        states = "; ".join(f"{strike.moment.value}: {strike.state}" for strike in saboteur.done)
-        done = Check("the link was away in each phase", len(saboteur.done) == len(plan), states)
-        return [*outcome.checks, done]
-
-    return case
-
-
-async def _given_up(bench: Bench) -> list[Check]:
-    """Away for longer than libvirt waits; then the same machine moves after all."""
-    machine = await bench.machine(_DISKS)
-    source, destination = bench.ends(0)
-    saboteur = Saboteur(
-        bench.relays, machine, source, destination, [Strike(Moment.DISKS, Fault.BLACK_HOLE, 60.0)]
-    )
-    checks, _ = await bench.fails(machine, Move(_DISKS, bandwidth=_SLOW), saboteur.run)
-    outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
-    return checks + _again(outcome.checks)
-
-
-def _killed(side: int) -> Case:
-    async def case(bench: Bench) -> list[Check]:
-        """A relay dies, is started again, and the same machine moves after all."""
-        machine = await bench.machine(_DISKS)
-
-        async def kill() -> None:
-            while "cur=" not in await _mirror(bench, machine.domain.name):
-                await asyncio.sleep(0.05)
-            await bench.relays.kill(side)
-            # What starts it again, as systemd does, waits a moment.
-            await asyncio.sleep(2)
-            await bench.relays.restart(side)
-
-        checks, _ = await bench.fails(machine, Move(_DISKS, bandwidth=_SLOW), kill)
-        outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
-        return checks + _again(outcome.checks)
-
-    return case
-
-
-async def _mirror(bench: Bench, name: str) -> str:
-    source, _ = bench.ends(0)
-    command = f"virsh --quiet blockjob {name} vda --info --raw || true"
-    return (await source.run("sh", "-c", command)).output
 
 
 async def _keepalive(bench: Bench) -> list[Check]:
@@ -233,12 +174,6 @@ async def _recovered(bench: Bench) -> list[Check]:
     ]
 
 
-def _again(checks: list[Check]) -> list[Check]:
-    return [Check(f"then it moves: {check.what}", check.passed, check.evidence) for check in checks]
-
-
-_RESETS = tuple((moment, Fault.RESET, 3.0) for moment in Moment)
-
 #: With what the distribution's release has, QEMU as its own user.
 CASES: dict[str, Case] = {
     "one disk": _moves(("vda",), suspend=True),
@@ -250,22 +185,7 @@ CASES: dict[str, Case] = {
     "--tunnelled": _moves((), tunnelled=True),
     "three machines, both ways": _three_at_once,
     "ten times back and forth": _back_and_forth,
-    "reset 3 s in each phase": _struck(*_RESETS),
-    **{
-        f"reset 3 s, three times, {moment.value}": _struck(*((moment, Fault.RESET, 3.0),) * 3)
-        for moment in Moment
-        if moment is not Moment.SWITCHOVER
-    },
-    # Over before a second reset comes: three migrations instead.
-    **{
-        f"reset 3 s, switchover, {turn} of 3": _struck((Moment.SWITCHOVER, Fault.RESET, 3.0))
-        for turn in (1, 2, 3)
-    },
-    "black hole 10 s, disks": _struck((Moment.DISKS, Fault.BLACK_HOLE, 10.0)),
-    "black hole 10 s, memory": _struck((Moment.MEMORY, Fault.BLACK_HOLE, 10.0)),
-    "black hole 60 s": _given_up,
-    "source's relay killed": _killed(0),
-    "destination's relay killed": _killed(1),
+    **FAULT_CASES,
     "100 Mbit/s, two minutes": _keepalive,
 }
 

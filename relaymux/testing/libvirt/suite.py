@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from relaymux.testing.libvirt.bench import NAMES, Bench
-from relaymux.testing.libvirt.cases import BUSY_CASES, CASES, POSTCOPY_CASES, Case
+from relaymux.testing.libvirt.bench import NAMES, Bench, Case
+from relaymux.testing.libvirt.cases import BUSY_CASES, CASES, POSTCOPY_CASES
+from relaymux.testing.libvirt.faultcases import WINDOW_CASES
 from relaymux.testing.libvirt.install import Edition, LibvirtUnavailable, ensure_libvirt
 from relaymux.testing.libvirt.relays import Relays
 from relaymux.testing.libvirt.rig import Rig, RigUnavailable, check_machine
@@ -29,17 +30,23 @@ _CASE_SECONDS = 500.0
 
 @dataclass(frozen=True)
 class _Group:
-    """Cases that share two hosts and two relays."""
+    """
+    Cases that share two hosts and two relays.
+
+    @ivar link_options: lines of the relays' C{[link]} sections.
+    """
 
     cases: Mapping[str, Case]
     edition: Edition = Edition.RELEASE
     qemu_user: str = "libvirt-qemu"
     memory: int = 64
     pages_per_tick: int = 10
+    link_options: Sequence[str] = ()
 
 
 _GROUPS = (
     _Group(CASES),
+    _Group(WINDOW_CASES, link_options=("resume-window = 30",)),
     _Group(POSTCOPY_CASES, qemu_user="root"),
     _Group(BUSY_CASES, Edition.BACKPORTS, memory=128, pages_per_tick=60),
 )
@@ -69,8 +76,13 @@ async def _run_case(bench: Bench, case: Case, name: str, verbose: bool) -> bool:
     return good
 
 
+def _is_chosen(name: str, only: str) -> bool:
+    """@return: whether to run the case C{name}: one that is called C{only} is meant alone."""
+    return name == only if any(only in group.cases for group in _GROUPS) else only in name
+
+
 async def _run_group(group: _Group, only: str, verbose: bool) -> list[bool]:
-    cases = {name: case for name, case in group.cases.items() if only in name}
+    cases = {name: case for name, case in group.cases.items() if _is_chosen(name, only)}
     if not cases:
         return []
     tree = await asyncio.to_thread(ensure_libvirt, group.edition)
@@ -78,7 +90,7 @@ async def _run_group(group: _Group, only: str, verbose: bool) -> list[bool]:
         lines = (await rig.hosts[0].virsh("version")).splitlines()
         versions = ", ".join(line.partition(": ")[2] for line in lines[1::2])
         print(f"{versions}, QEMU as {group.qemu_user}:", flush=True)
-        async with Relays(rig, NAMES) as relays:
+        async with Relays(rig, NAMES, group.link_options) as relays:
             bench = Bench(rig, relays, group.memory, group.pages_per_tick)
             return [await _run_case(bench, case, name, verbose) for name, case in cases.items()]
 
@@ -101,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="relaymux.testing.libvirt.suite", description="Move machines by libvirt, in all ways."
     )
-    parser.add_argument("only", nargs="?", default="", help="run the cases with this in their names")
+    parser.add_argument(
+        "only", nargs="?", default="", help="run the case of this name, or those with this in their names"
+    )
     parser.add_argument("--verbose", action="store_true", help="print the checks that passed, too")
     chosen = parser.parse_args(arguments)
     return asyncio.run(_run(chosen.only, chosen.verbose))
