@@ -135,5 +135,5 @@ FAULT_CASES: dict[str, Case] = {
     "destination's libvirtd killed": _killed(_libvirtd(1), {0: _THERE, 1: _HERE}),
 }
 
-#: With the C{resume-window} that the examples for libvirt recommend.
+#: With a C{resume-window} that is over before the link is back: the session ends, too.
 WINDOW_CASES: dict[str, Case] = {"black hole 60 s, resume-window 30": _given_up(Moment.DISKS)}
