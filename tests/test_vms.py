@@ -185,6 +185,34 @@ class VmTests(VmTestCase):
         self.assertRaises(BlockingIOError, libvirt.accept)
         self.move("hv-a", "hv-b")
 
+    def test_libvirt_gives_up(self) -> None:
+        """While the other host is away libvirt closes: the disks end then, and not with the session."""
+        a, b = self.up()
+        there, way = self.directory / "hv-b", Path("vms") / "hv-b"
+        opened = []
+        for name, place in ((CONTROL, "libvirt-sock"), (NBD, way / NBD), (RAM, way / RAM)):
+            listening = self.listen(there / place)
+            connection = socket.socket(socket.AF_UNIX)
+            self.addCleanup(connection.close)
+            connection.settimeout(PATIENCE)
+            connection.connect(str(self.directory / "hv-a" / way / name))
+            other, _ = listening.accept()
+            self.addCleanup(other.close)
+            other.sendall(b"x")
+            self.assertEqual(read_exactly(connection, 1), b"x")
+            opened.append(connection)
+        control, disk, ram = opened
+        b.kill()
+        a.wait_for("streams wait for the next connection")
+        control.close()
+        self.assertEqual(read_all(disk), b"")
+        a.wait_for(
+            "vm web1 nbd: connection 1 ended as an error: relaymux gave up: link hv-b is away, and libvirt"
+        )
+        ram.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            ram.recv(1)
+
     def test_link_in_place_of_a_socket(self) -> None:
         """What QEMU's user may make where VMs arrive does not lead the daemon to libvirt's socket."""
         _, b = self.up()

@@ -76,7 +76,7 @@ async def _three_at_once(bench: Bench) -> list[Check]:
 async def _keepalive(bench: Bench) -> list[Check]:
     """Disks fill a link of 100 Mbit/s for more than two minutes; libvirt's calls are answered at once."""
     disks = ("vda", "vdb")
-    machine = await bench.machine(disks, disks=disks, disk_bytes=800 << 20)
+    machine = await bench.machine(disks, disks=disks, disk_bytes=700 << 20)
     source, destination = bench.ends(0)
     await bench.rig.network.limit(100)
     answers: list[float] = []
