@@ -76,12 +76,13 @@ async def _run_case(bench: Bench, case: Case, name: str, verbose: bool) -> bool:
     return good
 
 
-def _is_chosen(name: str, only: str) -> bool:
-    """@return: whether to run the case C{name}: one that is called C{only} is meant alone."""
-    return name == only if any(only in group.cases for group in _GROUPS) else only in name
+def _is_chosen(name: str, only: Sequence[str]) -> bool:
+    """@return: whether to run the case C{name}: C{only} has names, and parts of names; if empty, all."""
+    names = {case for group in _GROUPS for case in group.cases}
+    return not only or any(one == name if one in names else one in name for one in only)
 
 
-async def _run_group(group: _Group, only: str, verbose: bool) -> list[bool]:
+async def _run_group(group: _Group, only: Sequence[str], verbose: bool) -> list[bool]:
     cases = {name: case for name, case in group.cases.items() if _is_chosen(name, only)}
     if not cases:
         return []
@@ -95,7 +96,7 @@ async def _run_group(group: _Group, only: str, verbose: bool) -> list[bool]:
             return [await _run_case(bench, case, name, verbose) for name, case in cases.items()]
 
 
-async def _run(only: str, verbose: bool) -> int:
+async def _run(only: Sequence[str], verbose: bool) -> int:
     try:
         await asyncio.to_thread(check_machine)
         results: list[bool] = []
@@ -113,9 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="relaymux.testing.libvirt.suite", description="Move machines by libvirt, in all ways."
     )
-    parser.add_argument(
-        "only", nargs="?", default="", help="run the case of this name, or those with this in their names"
-    )
+    parser.add_argument("only", nargs="*", help="run the cases of these names, or with these in their names")
     parser.add_argument("--verbose", action="store_true", help="print the checks that passed, too")
     chosen = parser.parse_args(arguments)
     return asyncio.run(_run(chosen.only, chosen.verbose))
