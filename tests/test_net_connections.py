@@ -11,7 +11,7 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from relaymux.errors import ErrorCode, SessionLost, StreamReset
+from relaymux.errors import ErrorCode, GivenUp, SessionLost, StreamReset
 from relaymux.net.amounts import exact_amount, rate, rough_amount
 from relaymux.net.ending import Ending
 from tests.bridges import LARGE, BridgeTestCase
@@ -273,6 +273,8 @@ class EndingTests(SynchronousTestCase):
             ),
             (SessionLost("x", ErrorCode.SHUTTING_DOWN), False, "a daemon was stopped: x"),
             (SessionLost("x", ErrorCode.PEER_RESTARTED), False, "the other daemon is another process now: x"),
+            (SessionLost("x", ErrorCode.UNKNOWN_SESSION), False, "the other daemon was restarted, or has gi"),
+            (GivenUp("x"), False, "relaymux gave up: x"),
             (SessionLost("x", ErrorCode.ACK_ERROR), False, "the daemons lost their session: x"),
             (ValueError("x"), False, "relaymux ended it: x"),
         ):

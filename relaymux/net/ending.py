@@ -28,6 +28,8 @@ _STREAM_ENDED = {
 _SESSION_ENDED = {
     int(ErrorCode.SESSION_EXPIRED): "relaymux gave up",
     int(ErrorCode.PEER_RESTARTED): "the other daemon is another process now",
+    # What a daemon that was started anew says when it is dialled.
+    int(ErrorCode.UNKNOWN_SESSION): "the other daemon was restarted, or has given up",
     int(ErrorCode.SHUTTING_DOWN): "a daemon was stopped",
 }
 

@@ -31,8 +31,10 @@ _RESTART_SECONDS = 2.0
 #: What the source's log says of the disks that relaymux does not hold any longer.
 _GAVE_UP = {"nbd": "relaymux gave up: link hv-b is away, and libvirt here has closed its control connection"}
 
-#: What the log of the relay that lives on says of all that ended with the one that was killed.
-_OTHER_PROCESS = dict.fromkeys(("control", "nbd"), "the other daemon is another process now")
+#: What the log of the relay that lives on says of all that ended with the one that was killed: as
+#: that one dials it, and as it dials that one.
+_WAS_DIALLED = dict.fromkeys(("control", "nbd"), "the other daemon is another process now")
+_HAS_DIALLED = dict.fromkeys(("control", "nbd"), "the other daemon was restarted, or has given up")
 
 #: On the host whose libvirtd was killed, and on the other one.
 _HERE = {"control": "the program here"}
@@ -129,8 +131,8 @@ FAULT_CASES: dict[str, Case] = {
     **{f"black hole 10 s, {moment.value}": _struck((moment, Fault.BLACK_HOLE, 10.0)) for moment in Moment},
     "black hole 60 s": _given_up(Moment.DISKS),
     "black hole 60 s, memory": _given_up(Moment.MEMORY),
-    "source's relay killed": _killed(_relay(0), {1: _OTHER_PROCESS}),
-    "destination's relay killed": _killed(_relay(1), {0: _OTHER_PROCESS}),
+    "source's relay killed": _killed(_relay(0), {1: _WAS_DIALLED}),
+    "destination's relay killed": _killed(_relay(1), {0: _HAS_DIALLED}),
     "source's libvirtd killed": _killed(_libvirtd(0), {0: _HERE, 1: _THERE}),
     "destination's libvirtd killed": _killed(_libvirtd(1), {0: _THERE, 1: _HERE}),
 }
