@@ -189,7 +189,7 @@ CASES: dict[str, Case] = {
     "100 Mbit/s, two minutes": _keepalive,
 }
 
-#: QEMU as root: others may not handle page faults unless the machine's administrator says so.
+#: QEMU may have to be root: others may not handle page faults unless the machine's administrator says so.
 POSTCOPY_CASES: dict[str, Case] = {"--postcopy": _postcopy, "--postcopy-resume": _recovered}
 
 #: With a QEMU that keeps track of a busy guest without KVM.
