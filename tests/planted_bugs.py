@@ -27,6 +27,7 @@ CORE = ("tests/test_core_session.py", "tests/test_core_stream.py", "tests/test_r
 LINKS = ("tests/test_resume_core.py", "tests/test_resume_links.py")
 BUDGET = ("tests/test_budget.py", "tests/test_properties_budget.py")
 PEERS = ("tests/test_resume_peer.py", "tests/test_resume_links.py", "tests/test_net_peers.py")
+APART = ("tests/test_apart.py", "tests/test_given_up.py")
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,34 @@ BUGS = (
         "surplus = window.drawn - max(window.size, window.granted - window.consumed)",
         "surplus = window.drawn - window.size",
         BUDGET,
+    ),
+    Bug(
+        "disks that are ended together end in the same moment",
+        "net/apart.py",
+        "wait = 0.0 if self._hurries else self._free_at - self._reactor.seconds()",
+        "wait = 0.0",
+        APART,
+    ),
+    Bug(
+        "a daemon that stops leaves disks waiting for their end",
+        "service/sockets.py",
+        "            served.connections.hurry()\n",
+        "            pass\n",
+        APART,
+    ),
+    Bug(
+        "a libvirt that has closed is not seen while what it had sent waits",
+        "net/bridge.py",
+        "return not self._local_open or self.local.transport.hungUp",
+        "return not self._local_open",
+        APART,
+    ),
+    Bug(
+        "any control connection that is closed ends the disks",
+        "service/abandoned.py",
+        " <= disk.began < min(there, default=inf):",
+        " <= disk.began:",
+        APART,
     ),
 )
 

@@ -528,6 +528,23 @@ class UNIXEndTests(EndTests, Both):
 
     pair = staticmethod(unix_pair)
 
+    async def test_hung_up(self) -> None:
+        """A peer that has closed is seen behind bytes that nobody reads; half of an end is none."""
+        protocol = HalfCloser()
+        transport, peer = self.connect(protocol)
+        transport.pauseProducing()
+        for _ in range(3):
+            peer.send(b"x")
+            await self.turns()
+            self.assertFalse(transport.hungUp)
+        peer.shutdown(socket.SHUT_WR)
+        await self.turns()
+        self.assertFalse(transport.hungUp)
+        peer.close()
+        self.assertTrue(transport.hungUp)
+        transport.abortConnection()
+        self.assertTrue(transport.hungUp)
+
     async def test_hang_up_while_paused(self) -> None:
         """A peer that sent and closed while we neither read nor could write loses none of what it sent."""
         protocol = HalfCloser()
