@@ -85,7 +85,8 @@ class RelayService(Service):
             raise
         if self._any_vm is not None:
             self._any_vm.start()
-        if any(vm.leaves for vm in self._configuration.vms) or self._any_vm is not None:
+        vms = (*self._configuration.vms, self._configuration.any_vm)
+        if any(vm is not None and vm.leaves for vm in vms):
             self._abandoned.start()
         super().startService()
         for port in self._ports:
