@@ -593,6 +593,19 @@ class HelperFunctionTests(WithSockets):
         ensure_directory(f"{path}/")
         self.assertEqual(os.stat(path).st_mode, stat.S_IFDIR | 0o750)
 
+    def test_somebody_was_faster(self) -> None:
+        """Two daemons that start together have one directory."""
+        path = os.path.join(self.directory, "run")
+        make = os.mkdir
+
+        def after_the_other(path: str, mode: int) -> None:
+            make(path, mode)
+            make(path, mode)
+
+        self.patch(os, "mkdir", after_the_other)
+        ensure_directory(path)
+        self.assertTrue(os.path.isdir(path))
+
     def test_directory_for_another_user(self) -> None:
         """With its mode, whatever the umask, and its owner; one that cannot be given away is not left."""
         path = os.path.join(self.directory, "hv-a")

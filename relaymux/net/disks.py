@@ -197,6 +197,8 @@ def ensure_directory(path: str, mode: int = 0o700, owner: int | None = None) -> 
     except PermissionError as e:
         raise refusal(path, f"the directory cannot be made: {e.strerror}", explain_denied(path)) from e
     except OSError as e:
+        if isinstance(e, FileExistsError) and os.path.isdir(path):
+            return  # another daemon that starts just now was faster
         raise refusal(path, f"the directory cannot be made: {e.strerror}", "a place for a directory") from e
 
 
