@@ -20,6 +20,7 @@ from twisted.internet.interfaces import (
     ITransport,
 )
 from twisted.internet.main import CONNECTION_LOST
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
@@ -29,6 +30,7 @@ from relaymux.net import sockets
 from relaymux.net.buffers import BufferPool
 from relaymux.net.families import MOST_EXPECTED, NOTSENT_LOWAT, transport_for, tune_link
 from relaymux.net.sockets import SocketTransport
+from relaymux.net.turns import TALK_SECONDS
 from tests.sockets import (
     HalfCloser,
     PlainRecorder,
@@ -139,6 +141,8 @@ class DataTests:
 
     async def test_faster_than_its_reader(self: Any) -> None:
         """However fast a peer writes, no more is handed on at once than a stream may have written."""
+        # Turns are short as long as somebody has talked just before, such as in another test.
+        await deferLater(reactor, TALK_SECONDS)
         protocol = Recorder()
         transport, _ = self.connect(protocol)
         transport.stopReading()
