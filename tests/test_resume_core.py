@@ -261,7 +261,7 @@ class Half:
         self.session = Session(dialing=dialing, local=limits, remote=limits)
         remote = Hello("far", bytes(16), limits)
         streams = SessionStreams(
-            self.session, "far", lambda _: None, lambda: None, QuietLog(Logger(), lambda: 0.0)
+            self.session, "far", lambda _: None, lambda: None, lambda: None, QuietLog(Logger(), lambda: 0.0)
         )
         self.held = HeldSession(TICKET, remote, streams, "dns:far", 60.0)
         self.link = self.resume(0)

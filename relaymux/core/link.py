@@ -207,6 +207,14 @@ class Link:
         if session is not None and self._ack_at is None and session.rx_next > session.rx_acknowledged:
             self._ack_at = now + ACK_SECONDS
 
+    @property
+    def has_something(self) -> bool:
+        """Whether C{data_to_send} is worth a call: there may be something to send."""
+        if self._out or self._ack_now or self._ping_now or self._pong is not None:
+            return True
+        session = self.session
+        return session is not None and (session.has_something or session.ack_due)
+
     def data_to_send(self, limit: int, now: float, *, beside_talk: bool = False) -> list[Buffer]:
         """
         @param limit: stop after about this many bytes of data; control frames always go.

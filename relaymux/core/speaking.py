@@ -256,6 +256,11 @@ class Speaker:
         return bool(self._control or self._credit_due)
 
     @property
+    def has_something(self) -> bool:
+        """Whether a frame waits to be sent; it may have to wait for the peer's acknowledgement, too."""
+        return bool(self._control or self._credit_due or self._turns or self._again)
+
+    @property
     def ack_due(self) -> bool:
         """Whether an ack should leave at once."""
         return self.rx_next - self.rx_acknowledged >= self._ack_bytes

@@ -163,6 +163,11 @@ class SessionKeeper:
         if self._link is not None:
             self._link.flush()
 
+    def flush_soon(self) -> None:
+        """As L{flush}, at the end of the reactor's turn."""
+        if self._link is not None:
+            self._link.flush_soon()
+
     def link_event(self, link: LinkProtocol, event: Event) -> None:
         """See L{LinkOwner.link_event}."""
         if isinstance(event, DataReceived):  # by far the most
@@ -295,7 +300,9 @@ class SessionKeeper:
     def _begin_session(self, link: LinkProtocol, remote: Hello, ticket: Ticket) -> None:
         account = Account(self._budget) if self._budget is not None else None
         session = Session(dialing=self._dialing, local=self._limits, remote=remote.limits, account=account)
-        streams = SessionStreams(session, self.name, self._find_service, self.flush, self._quiet_log)
+        streams = SessionStreams(
+            session, self.name, self._find_service, self.flush, self.flush_soon, self._quiet_log
+        )
         window = min(self._limits.resume_window, remote.limits.resume_window)
         held = HeldSession(ticket, remote, streams, link.peer_identity, window)
         self._held = held

@@ -113,6 +113,7 @@ class LinkProtocol(Protocol):
         self._timer: IDelayedCall | None = None
         self._timer_at = float("inf")
         self._close_timer: IDelayedCall | None = None
+        self._soon: IDelayedCall | None = None
 
     @property
     def peer_identity(self) -> str:
@@ -147,10 +148,10 @@ class LinkProtocol(Protocol):
         if not self.connected:
             return  # it never was
         self._closing = self._lost = True
-        for timer in (self._timer, self._close_timer):
+        for timer in (self._timer, self._close_timer, self._soon):
             if timer is not None and timer.active():
                 timer.cancel()
-        self._timer = self._close_timer = None
+        self._timer = self._close_timer = self._soon = None
         self._owner.link_lost(self, reason)
 
     # IBufferReceiver
@@ -197,11 +198,25 @@ class LinkProtocol(Protocol):
         self._flushing = True
         now = self._reactor.seconds()
         try:
-            while not self._paused and not self._closing and self._write_some(now):
+            while self._can_send and self._write_some(now):
                 # May write to streams again: their bytes leave in the next round.
                 self._owner.link_flushed(self)
         finally:
             self._flushing = False
+
+    def flush_soon(self) -> None:
+        """
+        As L{flush}, at the end of the reactor's turn, for what is small and often not alone.
+
+        A program that closes a connection and opens the next causes both within one
+        turn: two frames, which then leave at once and wake the peer once.
+        """
+        if self._soon is None and not self._receiving and not self._closing:
+            self._soon = self._reactor.callLater(0, self._turn_over)
+
+    def _turn_over(self) -> None:
+        self._soon = None
+        self.flush()
 
     def end(self, event: LinkEnded) -> None:
         """Tell the owner, send the reason why, and close the connection: within L{CLOSE_SECONDS}."""
@@ -226,6 +241,11 @@ class LinkProtocol(Protocol):
             abort()
 
     # Inside
+
+    @property
+    def _can_send(self) -> bool:
+        """Whether the transport takes something and there may be something."""
+        return not self._paused and not self._closing and self.link.has_something
 
     def _happened(self, event: Event) -> None:
         if isinstance(event, LinkEnded):

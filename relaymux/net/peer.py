@@ -54,7 +54,7 @@ class Peer(SessionKeeper):
         request.timer = self._reactor.callLater(seconds, self._too_late, request, seconds)
         if self._held is not None and self._link is not None:
             self._held.streams.open(request)
-            self.flush()
+            self.flush_soon()
         else:
             # Not opened before it can be said: the peer hears nothing of one that is given up meanwhile.
             self._waiting.add(request)

@@ -208,7 +208,7 @@ class StreamTransport:
         if self.writable:
             self._finishing = True
             self._session.finish(self.stream_id)
-            self._streams.flush()
+            self._streams.flush_soon()
 
     def loseReadConnection(self) -> None:
         """See L{IHalfReadTransport.loseReadConnection}."""

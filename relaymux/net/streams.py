@@ -95,17 +95,20 @@ class SessionStreams:
         peer_name: str,
         find_service: Callable[[str], Service | None],
         flush: Callable[[], None],
+        flush_soon: Callable[[], None],
         quiet_log: QuietLog,
     ) -> None:
         """
         @param find_service: what serves streams of a name.
         @param flush: sends what was said on the current link.
+        @param flush_soon: the same at the end of the reactor's turn.
         @param quiet_log: for what the peer can cause as often as it likes.
         """
         self._quiet_log = quiet_log
         self.session = session
         self.peer_name = peer_name
         self.flush = flush
+        self.flush_soon = flush_soon
         self.undelivered = 0
         self._find_service = find_service
         self._streams: dict[int, StreamTransport] = {}
