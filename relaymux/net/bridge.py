@@ -190,8 +190,12 @@ class Bridge:
         """When it is over, bytes that arrived for the local program and that it did not take."""
         return self._stream.untaken - self._taken_late if self._stream is not None else 0
 
-    def join(self, stream: StreamTransport) -> None:
-        """Let bytes flow; C{local} is connected."""
+    def join(self, stream: StreamTransport, *, local_speaks: bool = False) -> None:
+        """
+        Let bytes flow; C{local} is connected.
+
+        @param local_speaks: whether the local program is likely to have said something already.
+        """
         self._stream = stream
         if not self._local_open:
             stream.abort(ErrorCode.LOCAL_RESET)
@@ -201,7 +205,10 @@ class Bridge:
         stream.begin(end, manual_credit=True)
         stream.registerProducer(cast(IPushProducer, self.local), True)
         socket.registerProducer(cast(IPushProducer, end), True)
-        socket.resumeProducing()
+        if local_speaks:
+            socket.resume_reading()
+        else:
+            socket.resumeProducing()
 
     def refuse(self, reason: Failure) -> None:
         """There will be no stream: close the local connection, as abruptly as the kernel can."""

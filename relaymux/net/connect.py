@@ -30,7 +30,7 @@ from relaymux.net.addresses import describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.families import transport_for
 
-__all__ = ["connect_tcp", "connect_unix"]
+__all__ = ["connect_tcp", "connect_unix", "connect_unix_at_once"]
 
 #: Seconds until a UNIX socket whose backlog was full is tried again: first,
 #: and at most; each wait is twice the one before.
@@ -48,6 +48,21 @@ _HINTS = {
     errno.EAGAIN: "its backlog stayed full; the program that listens on it does not accept",
     errno.ELOOP: "it is a symbolic link, which is not followed in a directory that belongs to others",
 }
+
+
+def _dial(sock: socket, target: Any, *, follow_links: bool) -> None:
+    """@raise OSError: as of C{connect}, or C{target} is a symbolic link and must not be one."""
+    if follow_links:
+        sock.connect(target)
+        return
+    # Looked at and connected to by one descriptor: nothing can take its place in between.
+    descriptor = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if stat.S_ISLNK(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        sock.connect(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 class _Attempt(FileDescriptor):
@@ -83,7 +98,7 @@ class _Attempt(FileDescriptor):
 
     def _try(self) -> None:
         try:
-            self._dial()
+            _dial(self._socket, self._target, follow_links=self._follow_links)
         except BlockingIOError as error:
             if error.errno == errno.EINPROGRESS:
                 self.startWriting()
@@ -95,19 +110,6 @@ class _Attempt(FileDescriptor):
             self._give_up(error)
         else:
             self._result.callback(self._stop())
-
-    def _dial(self) -> None:
-        if self._follow_links:
-            self._socket.connect(self._target)
-            return
-        # Looked at and connected to by one descriptor: nothing can take its place in between.
-        descriptor = os.open(self._target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if stat.S_ISLNK(os.fstat(descriptor).st_mode):
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            self._socket.connect(f"/proc/self/fd/{descriptor}")
-        finally:
-            os.close(descriptor)
 
     def doWrite(self) -> None:
         code = self._socket.getsockopt(SOL_SOCKET, SO_ERROR)
@@ -136,6 +138,27 @@ class _Attempt(FileDescriptor):
             if timer.active():
                 timer.cancel()
         return self._socket
+
+
+def connect_unix_at_once(
+    reactor: Any, path: str, target: IProtocol, pool: BufferPool, *, follow_links: bool = True
+) -> bool:
+    """
+    As L{connect_unix}, if it takes no waiting: a UNIX socket whose backlog has room never does.
+
+    @return: whether C{target} is connected.  If not, nothing has happened, and
+        L{connect_unix} knows what to do or what to say.
+    """
+    sock = socket(AF_UNIX, SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        _dial(sock, path, follow_links=follow_links)
+        transport = transport_for(reactor, sock, target, pool, UNIXAddress(path))
+    except OSError:
+        sock.close()
+        return False
+    transport.begin()
+    return True
 
 
 def connect_unix(

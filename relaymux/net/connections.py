@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -18,6 +17,7 @@ from relaymux.net.bridge import Bridge
 from relaymux.net.diskwatch import DiskWatcher
 from relaymux.net.peer import Peer
 from relaymux.net.stream import StreamTransport
+from relaymux.net.streams import OpenRequest
 
 __all__ = ["Connection", "Connections", "LocalSocket", "Totals"]
 
@@ -93,7 +93,7 @@ class Connection:
     bridge: Bridge
     began: float
     path: str
-    request: Deferred[StreamTransport] | None = None
+    request: OpenRequest | None = None
     disk: Export | None = None
     told: tuple[float, int, int] = (0.0, 0, 0)
 
@@ -166,7 +166,8 @@ class Connections:
             DiskWatcher(
                 connection.bridge, lambda disk: self._is_disk(connection, disk), client_is_local=self._listens
             )
-        connection.bridge.join(stream)
+        # Who dialled has waited for the answer of the other end, and clients mostly speak first.
+        connection.bridge.join(stream, local_speaks=self._listens)
 
     def _is_disk(self, connection: Connection, disk: Export) -> None:
         connection.disk = disk

@@ -12,6 +12,7 @@ speaks first, and a postcopy-preempt channel is silent until it is needed.
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IAddress, IProtocol, IReactorTime
@@ -23,10 +24,11 @@ from relaymux.errors import ErrorCode
 from relaymux.net.addresses import describe
 from relaymux.net.bridge import LocalEnd
 from relaymux.net.buffers import pool_for
-from relaymux.net.connect import connect_unix
+from relaymux.net.connect import connect_unix, connect_unix_at_once
 from relaymux.net.connections import Connection, Connections, LocalSocket, Totals
 from relaymux.net.peer import Peer
 from relaymux.net.stream import StreamTransport
+from relaymux.net.streams import OpenRequest
 
 __all__ = ["LocalDialer", "LocalListener"]
 
@@ -54,14 +56,14 @@ class LocalListener(Factory):
         return self.connections.on_connected(self._connected).local
 
     def _connected(self, connection: Connection) -> None:
-        request = self._peer.open_stream(self._local.service, self._local.open_timeout)
-        connection.request = request
-        request.addCallbacks(self._opened, self._failed, (connection,), {}, (connection,), {})
+        connection.request = OpenRequest(
+            self._local.service,
+            partial(self.connections.joined, connection),
+            partial(self._failed, connection),
+        )
+        self._peer.open(connection.request, self._local.open_timeout)
 
-    def _opened(self, stream: StreamTransport, connection: Connection) -> None:
-        self.connections.joined(connection, stream)
-
-    def _failed(self, reason: Failure, connection: Connection) -> None:
+    def _failed(self, connection: Connection, reason: Failure) -> None:
         if connection.request is None or not connection.bridge.is_local_open:
             return
         connection.request = None
@@ -113,8 +115,17 @@ class LocalDialer:
                 f"{self._local.section} has {self._local.max_connections} connections open",
             )
             return
-        self._dialling = True
         connection = self.connections.add()
+        if connect_unix_at_once(
+            self._reactor,
+            self._local.path,
+            connection.bridge.local,
+            pool_for(self._reactor),
+            follow_links=self._local.follow_links,
+        ):
+            self._connected(connection, stream)
+            return
+        self._dialling = True
         dialled: Deferred[IProtocol] = connect_unix(
             self._reactor,
             self._local.path,
@@ -129,10 +140,13 @@ class LocalDialer:
             self._dialled, self._not_dialled, (connection, stream), {}, (connection, stream), {}
         )
 
-    def _dialled(self, _: IProtocol, connection: Connection, stream: StreamTransport) -> None:
+    def _connected(self, connection: Connection, stream: StreamTransport) -> None:
         stream.accept()
         connection.path = describe(connection.bridge.local.transport.getPeer())
         self.connections.joined(connection, stream)
+
+    def _dialled(self, _: IProtocol, connection: Connection, stream: StreamTransport) -> None:
+        self._connected(connection, stream)
         self._dialling = False
         self._next()
 

@@ -47,10 +47,17 @@ class Peer(SessionKeeper):
             C{begin}.  Fails with L{StreamReset}, L{SessionLost} or L{LocalError}.
             May be cancelled.
         """
-        request = OpenRequest(service, self._waiting.remove)
+        result: Deferred[StreamTransport] = Deferred(lambda _: request.cancel())
+        request = OpenRequest(service, result.callback, result.errback)
+        self.open(request, seconds)
+        return result
+
+    def open(self, request: OpenRequest, seconds: float) -> None:
+        """As L{open_stream}, for one who needs no C{Deferred}; may be answered before this returns."""
         if self._draining:
             request.fail(LocalError("this daemon is shutting down"))
-            return request.result
+            return
+        request.forget = self._waiting.remove
         request.timer = self._reactor.callLater(seconds, self._too_late, request, seconds)
         if self._held is not None and self._link is not None:
             self._held.streams.open(request)
@@ -58,7 +65,6 @@ class Peer(SessionKeeper):
         else:
             # Not opened before it can be said: the peer hears nothing of one that is given up meanwhile.
             self._waiting.add(request)
-        return request.result
 
     def _too_late(self, request: OpenRequest, seconds: float) -> None:
         if request.stream is None:

@@ -162,6 +162,18 @@ class SocketTransport(SendingSocket):
         if self.connected and self._input_open:
             self.startReading()
 
+    def resume_reading(self) -> None:
+        """
+        As C{resumeProducing}, and take at once what has arrived: for one who waited until
+        now, and is likely to be given something.  An exception of the protocol ends the
+        connection.
+        """
+        self._paused = False
+        if self.connected and self._input_open:
+            self._tell(self.doRead)
+        if self.connected and self._input_open and not self._paused:
+            self.startReading()
+
     def expectBytes(self, count: int) -> None:
         """
         Wake up, if the kernel can, when C{count} bytes have arrived and not before.
@@ -309,10 +321,18 @@ class SocketTransport(SendingSocket):
     # Ending
 
     def loseWriteConnection(self) -> None:
-        """Send what is queued, then the end of our output; the input stays as it is."""
+        """
+        Send what is queued, then the end of our output; the input stays as it is.
+
+        With nothing queued that is done at once: C{writeConnectionLost}, or C{connectionLost}
+        if the input had ended before, may come before this returns.
+        """
         if self._output_open and not self._output_ending:
             self._output_ending = True
-            self.startWriting()
+            if self._queue:
+                self.startWriting()
+            else:
+                self._tell(self._end_output)
 
     def loseReadConnection(self) -> None:
         """

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol as Contract
 
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -44,35 +43,65 @@ class OpenRequest:
     """
     A stream that somebody wants.
 
-    @ivar result: fires with the stream when the peer's end is connected.
+    An exception of whoever asked is logged and resets the stream; it harms no other.
+
+    @ivar forget: called if the request is cancelled while it waits for a link.
+    @ivar stream: the one that was opened for it, which the peer has not answered yet.
     """
 
-    def __init__(self, service: str, forget: Callable[[OpenRequest], None]) -> None:
-        """@param forget: called if the request is cancelled before a stream was opened for it."""
+    _log = Logger("relaymux.link")
+
+    def __init__(
+        self,
+        service: str,
+        opened: Callable[[StreamTransport], object],
+        failed: Callable[[Failure], object],
+    ) -> None:
+        """
+        One of the two is called, once; neither after L{cancel} without a stream.
+
+        @param opened: the peer's end is connected.
+        @param failed: it will not come: C{StreamReset}, C{SessionLost} or C{LocalError}.
+        """
         self.service = service
-        self._forget = forget
+        self.forget: Callable[[OpenRequest], None] = lambda _: None
         self.stream: StreamTransport | None = None
         self.timer: IDelayedCall | None = None
-        self.result: Deferred[StreamTransport] = Deferred(self._cancelled)
+        self._opened = opened
+        self._failed = failed
+        self._answered = False
 
     def succeed(self, stream: StreamTransport) -> None:
         """The stream is usable."""
         self._stop_timer()
-        if not self.result.called:
-            self.result.callback(stream)
+        if not self._answered:
+            self._answered = True
+            try:
+                self._opened(stream)
+            except Exception:
+                self._log.failure("exception from who asked for {service}", service=self.service)
+                stream.abort(ErrorCode.INTERNAL_ERROR)
 
     def fail(self, error: RelaymuxError) -> None:
         """It will not come; a stream that was opened for it is aborted."""
         self._stop_timer()
-        if not self.result.called:
-            self.result.errback(error)
+        if not self._answered:
+            self._answered = True
+            try:
+                self._failed(Failure(error))
+            except Exception:
+                self._log.failure("exception from who asked for {service}", service=self.service)
 
-    def _cancelled(self, _: object) -> None:
+    def cancel(self) -> None:
+        """It is not wanted any more; nothing happens once it was answered."""
+        if self._answered:
+            return
         self._stop_timer()
         if self.stream is not None:
             self.stream.abort(ErrorCode.ABORTED)
         else:
-            self._forget(self)
+            self._answered = True
+            self.forget(self)
 
     def _stop_timer(self) -> None:
         if self.timer is not None and self.timer.active():
