@@ -137,7 +137,6 @@ class OtherSocketTests(BridgeTestCase):
         near.close()
         far.close()
         await self.until(lambda: len(self.lines("closed by", f"; {served}")) == 1, "it was told")
-        self.assertEqual(len(self.lines("connection 1 open", f", {served}, ")), 1)
 
     async def test_none(self) -> None:
         """All are named in the log here, and no path travels to the peer."""
@@ -152,6 +151,33 @@ class OtherSocketTests(BridgeTestCase):
         [there] = self.lines("connection 1 failed", "link to-far")
         self.assertIn("its socket: there is no such socket", there)
         self.assertNotIn(self.path, there.replace(self.near_path, ""))
+
+
+class LineTests(BridgeTestCase):
+    """What is said of a connection that was open for long, and of one that was not."""
+
+    async def test_one_that_stays(self) -> None:
+        """Its being open is said on both sides while it lasts, and its end again, without what was said."""
+        self.serve()
+        near, far = await self.pair()
+        for path, link in ((self.near_path, "to-far"), (self.far_path, "to-near")):
+            said = ("stream ram: connection 1 open", f", {path}, ", f"stream 1 of link {link}")
+            await self.until(lambda said=said: len(self.lines(*said)) == 1, "it was said")  # type: ignore[misc]
+        near.close()
+        far.close()
+        await self.until(lambda: len(self.lines("connection 1 closed by")) == 2, "both have told its end")
+        self.assertEqual(self.lines("closed by", "of link"), [])
+
+    async def test_one_that_is_over_soon(self) -> None:
+        """One line on each side says all that two would."""
+        self.serve()
+        near, far = await self.pair()
+        near.close()
+        far.close()
+        for path, link in ((self.near_path, "to-far"), (self.far_path, "to-near")):
+            said = ("stream ram: connection 1 closed by", f"; {path}, stream 1 of link {link}")
+            await self.until(lambda said=said: len(self.lines(*said)) == 1, "it was said")  # type: ignore[misc]
+        self.assertEqual(self.lines("connection 1 open"), [])
 
 
 class EndTests(BridgeTestCase):

@@ -11,6 +11,7 @@ from twisted.protocols.basic import FileSender, LineReceiver
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
+from relaymux.core.frames import FrameDecoder, Kind
 from relaymux.core.handshake import Limits
 from relaymux.errors import ErrorCode
 from relaymux.interfaces import IBufferTransport, IHalfReadTransport
@@ -59,6 +60,28 @@ class TransportTests(StreamTestCase):
         client.sendLine(b"world")
         self.settle()
         self.assertEqual(lines, [b"hello", b"world"])
+
+    def test_one_send_for_one_turn(self) -> None:
+        """A stream that is finished and one that is opened in the same turn of the reactor leave at once."""
+        stream, *_ = self.connect()
+        link: Any = self.ends.near._link
+        written: list[bytes] = []
+        send = link.transport.writeBuffers
+
+        def note(buffers: list[Any]) -> None:
+            written.append(b"".join(buffers))
+            send(buffers)
+
+        self.patch(link.transport, "writeBuffers", note)
+        stream.loseWriteConnection()
+        opening = self.ends.near.open_stream("vda", 10.0)
+        self.assertEqual(written, [])
+        self.ends.clock.advance(0)
+        frames = FrameDecoder(1024).feed(memoryview(written[0]))
+        self.assertEqual([frame.kind for frame in frames], [Kind.OPEN, Kind.FIN])
+        self.assertEqual(len(written), 1)
+        self.settle()
+        self.successResultOf(opening).abortConnection()
 
     @over_seeds(2)
     def test_bulk(self, seed: int) -> None:

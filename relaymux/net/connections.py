@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from relaymux.core.nbd import Export
@@ -20,6 +20,10 @@ from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import OpenRequest
 
 __all__ = ["Connection", "Connections", "LocalSocket", "Totals"]
+
+#: Seconds that a connection has been open when that is said.  Of one that is over by then
+#: there is one line, which says all that two would.
+SAY_SECONDS = 0.1
 
 #: Bytes in one interval below which nothing is said of progress: libvirt's keepalive, and
 #: what it says while a migration runs, stay below.
@@ -85,6 +89,7 @@ class Connection:
     @ivar began: when it was accepted, or dialled.
     @ivar request: the stream that it waits for, until it has it.
     @ivar path: the socket that it came to, or that was dialled.
+    @ivar stream_id: its stream, when it has one.
     @ivar disk: what it turned out to carry; L{None} while that is not known.
     @ivar told: when progress was looked at last, and the bytes sent and received by then.
     """
@@ -93,6 +98,7 @@ class Connection:
     bridge: Bridge
     began: float
     path: str
+    stream_id: int = 0
     request: OpenRequest | None = None
     disk: Export | None = None
     told: tuple[float, int, int] = (0.0, 0, 0)
@@ -118,6 +124,8 @@ class Connections:
         self._local = local
         self._number = 0
         self._open: dict[Bridge, Connection] = {}  # at most max_connections
+        self._unsaid: dict[Bridge, Connection] = {}  # of those, the joined ones not logged yet
+        self._saying: IDelayedCall | None = None
 
     @property
     def full(self) -> bool:
@@ -155,13 +163,11 @@ class Connections:
 
     def joined(self, connection: Connection, stream: StreamTransport) -> None:
         connection.request = None
+        connection.stream_id = stream.stream_id
         self.totals.opened += 1
-        # Said of every connection, as its end is: Twisted takes long to put many fields together.
-        self._log.info(
-            "{text}",
-            text=f"{self._local.section}: connection {connection.number} open, {connection.path},"
-            f" stream {stream.stream_id} of link {self._peer.name}",
-        )
+        self._unsaid[connection.bridge] = connection
+        if self._saying is None:
+            self._saying = self._reactor.callLater(SAY_SECONDS, self._say_open)
         if self._local.is_nbd:
             DiskWatcher(
                 connection.bridge, lambda disk: self._is_disk(connection, disk), client_is_local=self._listens
@@ -169,8 +175,26 @@ class Connections:
         # Who dialled has waited for the answer of the other end, and clients mostly speak first.
         connection.bridge.join(stream, local_speaks=self._listens)
 
+    def _say_open(self) -> None:
+        """Log the connections that are open and not logged yet."""
+        if self._saying is not None and self._saying.active():
+            self._saying.cancel()
+        self._saying = None
+        unsaid, self._unsaid = self._unsaid, {}
+        for connection in unsaid.values():
+            # Twisted takes long to put many fields together, here and below.
+            self._log.info(
+                "{text}",
+                text=f"{self._local.section}: connection {connection.number} open, {connection.path},"
+                f" {self._stream_of(connection)}",
+            )
+
+    def _stream_of(self, connection: Connection) -> str:
+        return f"stream {connection.stream_id} of link {self._peer.name}"
+
     def _is_disk(self, connection: Connection, disk: Export) -> None:
         connection.disk = disk
+        self._say_open()
         self._log.info(
             "{section}: connection {number} is disk {disk}, {size}",
             section=self._local.section,
@@ -181,6 +205,7 @@ class Connections:
 
     def tell_progress(self) -> None:
         """Log what each connection carried since the last call, if it was more than a little."""
+        self._say_open()
         now = self._reactor.seconds()
         for connection in self._open.values():
             bridge = connection.bridge
@@ -231,6 +256,10 @@ class Connections:
         connection = self._open.pop(bridge, None)
         if connection is None:
             return  # it was never joined, and that was said
+        unsaid = self._unsaid.pop(bridge, None) is not None
+        if self._saying is not None and not self._unsaid:
+            self._saying.cancel()
+            self._saying = None
         ending = bridge.ending
         if connection.request is not None:
             connection.request.cancel()
@@ -246,7 +275,8 @@ class Connections:
             text=f"{self._local.section}: {connection} {ending},"
             f" {exact_amount(bridge.sent)} sent, {exact_amount(bridge.received)} received,"
             f" {seconds:.1f} s, {rate(bridge.sent + bridge.received, seconds)};"
-            f" {_left_over(bridge)}; {connection.path}",
+            f" {_left_over(bridge)}; {connection.path}"
+            + (f", {self._stream_of(connection)}" if unsaid else ""),
         )
 
 
