@@ -20,7 +20,7 @@ from relaymux.errors import ConfigurationError, TransportError
 from relaymux.net import connect, listen
 from relaymux.net.addresses import describe, parse_host_port
 from relaymux.net.buffers import BufferPool
-from relaymux.net.connect import connect_tcp, connect_unix
+from relaymux.net.connect import connect_tcp, connect_unix, connect_unix_at_once
 from relaymux.net.families import tune_link
 from relaymux.net.listen import bind_tcp, listen_on
 from tests.sockets import DEADLINE, PlainRecorder, Recorder, RecorderFactory, SocketTestCase, reactor
@@ -121,16 +121,44 @@ class UNIXTests(Base):
 
     async def test_no_descriptor(self) -> None:
         """Without a descriptor left it fails at once, and that is all: no timer is left to say so again."""
-
-        def full(*_: object) -> socket.socket:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
         _, path = self.bind_unix()
         before = set(reactor.getDelayedCalls())
-        self.patch(connect, "socket", full)
+        self.patch(connect, "socket", self.no_socket)
         connecting = connect_unix(reactor, path, self.client(), DEADLINE, self.pool)
         await self.refused(connecting, "Too many open files")
         self.assertEqual(set(reactor.getDelayedCalls()) - before, set())
+
+    async def test_at_once(self) -> None:
+        """Where nobody has to wait the protocol is connected when the call returns."""
+        sock, path = self.bind_unix()
+        client: Any = self.client()
+        self.assertTrue(connect_unix_at_once(reactor, path, client, self.pool, follow_links=False))
+        self.assertEqual(client.events, ["made"])
+        self.assertEqual(client.transport.getPeer(), UNIXAddress(path))
+        accepted, _ = sock.accept()
+        self.addCleanup(accepted.close)
+        client.transport.write(b"hello")
+        self.assertEqual(accepted.recv(5), b"hello")
+        client.transport.loseWriteConnection()
+        self.assertEqual(accepted.recv(5), b"")
+
+    async def test_not_at_once(self) -> None:
+        """What has to wait, or fails, has not happened: the protocol may be connected otherwise."""
+        _, full = self.bind_unix(backlog=0)
+        _, served = self.bind_unix()
+        link = self.directory() + "/link"
+        os.symlink(served, link)
+        client = self.client()
+        self.assertTrue(connect_unix_at_once(reactor, full, self.client(), self.pool))
+        for path in (full, served + "x", "/" + "x" * 200, link):
+            self.assertFalse(connect_unix_at_once(reactor, path, client, self.pool, follow_links=False), path)
+        self.patch(connect, "socket", self.no_socket)
+        self.assertFalse(connect_unix_at_once(reactor, served, client, self.pool))
+        self.assertEqual(client.events, [])
+
+    def no_socket(self, *_: object) -> socket.socket:
+        """There is no descriptor left."""
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     async def test_full_backlog(self) -> None:
         """A full backlog is waited for, until there is room."""

@@ -149,9 +149,12 @@ def connect_unix_at_once(
     @return: whether C{target} is connected.  If not, nothing has happened, and
         L{connect_unix} knows what to do or what to say.
     """
-    sock = socket(AF_UNIX, SOCK_STREAM)
-    sock.setblocking(False)
     try:
+        sock = socket(AF_UNIX, SOCK_STREAM)
+    except OSError:
+        return False
+    try:
+        sock.setblocking(False)
         _dial(sock, path, follow_links=follow_links)
         transport = transport_for(reactor, sock, target, pool, UNIXAddress(path))
     except OSError:

@@ -56,17 +56,17 @@ class Ending:
 
     def lost(self, reason: Failure, *, here: bool) -> None:
         """The local connection, or the stream, is gone."""
-        if reason.check(ConnectionDone):
+        if isinstance(reason.value, ConnectionDone):
             self.finished(here=here)
             self.reason = self.reason or reason
-        elif self.reason is None or self.reason.check(ConnectionDone):
+        elif self.reason is None or self.is_clean:
             self.reason = reason
             self._cause = _cause_here(reason) if here else _cause_there(reason)
 
     @property
     def is_clean(self) -> bool:
         """Whether all was in order."""
-        return self.reason is not None and self.reason.check(ConnectionDone) is not None
+        return self.reason is not None and isinstance(self.reason.value, ConnectionDone)
 
     def __str__(self) -> str:
         return f"closed by {self._closer}" if self.is_clean else f"ended as an error: {self._cause}"
