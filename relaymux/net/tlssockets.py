@@ -52,7 +52,8 @@ from relaymux.interfaces import (
 )
 from relaymux.net.addresses import describe
 from relaymux.net.buffers import BufferPool
-from relaymux.net.sockets import PLAIN_READ, READ_ROOM, SocketTransport
+from relaymux.net.receiving import PLAIN_READ, READ_ROOM
+from relaymux.net.sockets import SocketTransport
 from relaymux.net.tlscontext import TLSIdentity
 from relaymux.net.tlsengine import make_engine
 from relaymux.net.tlserrors import handshake_error, lost_error

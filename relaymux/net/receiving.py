@@ -1,0 +1,186 @@
+"""The receiving half of a socket: what the kernel has is read into pooled buffers and handed on as views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from socket import socket
+from typing import Any
+
+from twisted.internet.interfaces import IProtocol
+
+from relaymux.core.schedule import LITTLE
+from relaymux.interfaces import IBufferReceiver
+from relaymux.net.buffers import BufferPool
+from relaymux.net.sending import SendingSocket
+from relaymux.net.turns import Talker, turns_for
+
+__all__ = ["PLAIN_READ", "READ_ROOM", "ReceivingSocket"]
+
+#: Free space wanted for a read; with less left a new buffer is begun.
+READ_ROOM = 64 * 1024
+
+#: A read that brought this much is followed by another one at once: bulk is
+#: flowing, and meanwhile more has arrived.  Going back to the reactor for it would
+#: cost a wake-up per read; measured over a TCP link, this takes the source's from
+#: 4,600 to 1,600 per GB.
+READ_AGAIN = 16 * 1024
+
+#: Bytes read and dropped, or given to a protocol that takes C{bytes}, before others have
+#: their turn in the reactor.
+READ_TURN = 1024 * 1024
+
+#: Bytes at most to a protocol that takes C{bytes}, as Twisted does it.
+PLAIN_READ = 64 * 1024
+
+
+class ReceivingSocket(SendingSocket):
+    """
+    A connected socket that is read for one protocol.
+
+    @ivar protocol: whom it is read for.
+    """
+
+    def __init__(self, reactor: Any, sock: socket, protocol: IProtocol, pool: BufferPool) -> None:
+        """
+        @param sock: connected; ours from now on.
+        @param pool: what it is read into.
+        """
+        super().__init__(reactor, sock, protocol if IBufferReceiver.providedBy(protocol) else None)
+        self.protocol = protocol
+        self._clock = reactor
+        self._pool = pool
+        self._descriptor = sock.fileno()
+        self._turns = turns_for(reactor)
+        self._talker = Talker(self._turns)
+        self._input_open = True
+        self._paused = False
+        self._brings_bulk = False  # the last turn of reading did
+
+    def passed(self, count: int) -> None:
+        """
+        Called by a protocol for which it matters who waits: it passed C{count} bytes on at
+        once, in either direction.  See L{relaymux.net.turns}.
+        """
+        self._talker.passed(count, self._clock.seconds())
+
+    def pauseProducing(self) -> None:
+        # The reactor goes on watching until it finds something to read: often
+        # we are resumed before, and two changes of its set are saved.
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        if self.connected and self._input_open:
+            self.startReading()
+
+    def resume_reading(self) -> None:
+        """
+        As C{resumeProducing}, and take at once what has arrived: for one who waited until
+        now, and is likely to be given something.  An exception of the protocol ends the
+        connection.
+        """
+        self._paused = False
+        if self.connected and self._input_open:
+            self._tell(self.doRead)
+        if self.connected and self._input_open and not self._paused:
+            self.startReading()
+
+    def expectBytes(self, count: int) -> None:
+        """
+        Wake up, if the kernel can, when C{count} bytes have arrived and not before.
+
+        For TLS, whose cost per wake-up is high (L{IExpectingTransport}).  A plain
+        link is not told, as it loses more by reading and writing less at the same
+        time than it gains.  UNIX sockets have nothing of the kind.
+        """
+
+    def stopReading(self) -> None:
+        self._turns.forget(self._descriptor)
+        super().stopReading()
+
+    def read_in_between(self) -> None:
+        """See L{LittleReader}."""
+        self._tell(self.doRead)
+
+    def doRead(self) -> None:
+        if self._paused and not self.disconnecting:
+            self.stopReading()
+            return
+        if self._receiver is None or self.disconnecting:
+            self._read_bytes()
+        else:
+            self._read_buffers(self._receiver)
+
+    def _read_buffers(self, receiver: IBufferReceiver) -> None:
+        """Gather what is there, then hand it on at once: what a hand-over costs is per hand-over."""
+        now = self._clock.seconds()
+        if self._brings_bulk:
+            self._turns.let_little_read(now)
+            if self._paused or self.disconnecting or not self._input_open:
+                return  # due to what the others brought
+        buffers: list[memoryview] = []
+        ended: OSError | bool = False
+        left = turn = self._turns.limit(now)
+        while left > 0:
+            room = self._pool.room(READ_ROOM)[:left]
+            try:
+                count = self.socket.recv_into(room)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                ended = error
+                break
+            if not count:
+                ended = True
+                break
+            buffers.append(self._pool.take(count))
+            left -= count
+            if count < READ_AGAIN and count < len(room):
+                break
+        brought_bulk, self._brings_bulk = self._brings_bulk, turn - left > LITTLE
+        if self._brings_bulk and not brought_bulk:
+            self._turns.forget(self._descriptor)
+        elif buffers and not self._brings_bulk:
+            self._turns.expect(self._descriptor, self, now)
+        if buffers:
+            receiver.buffersReceived(buffers)
+        if ended and self._input_open:
+            if isinstance(ended, OSError):
+                self._receiving_failed(ended)
+            else:
+                self._input_ended()
+
+    def _read_bytes(self) -> None:
+        """Read for a protocol that takes C{bytes}, or for nobody."""
+        turn = READ_TURN
+        while turn > 0 and self._input_open:
+            room = self._pool.room(READ_ROOM)[:PLAIN_READ]
+            try:
+                count = self.socket.recv_into(room)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._receiving_failed(error)
+                return
+            if not count:
+                self._input_ended()
+                return
+            if not self.disconnecting:
+                self.protocol.dataReceived(bytes(room[:count]))
+                if self._paused:
+                    return
+            if count < len(room):
+                return
+            turn -= count
+
+    def _receiving_failed(self, error: OSError) -> None:
+        """The kernel has nothing more, or nothing now.  For subclasses."""
+        raise NotImplementedError
+
+    def _input_ended(self) -> None:
+        """The peer sends nothing more.  For subclasses."""
+        raise NotImplementedError
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        """Call the protocol where the reactor would not end us for its exception.  For subclasses."""
+        raise NotImplementedError
