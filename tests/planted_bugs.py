@@ -52,21 +52,21 @@ class Bug:
 BUGS = (
     Bug(
         "sending again begins one frame late",
-        "core/speaking.py",
+        "core/outbox.py",
         "self._again = deque(self.replay.unacknowledged())",
         "self._again = deque(list(self.replay.unacknowledged())[1:])",
         LINKS,
     ),
     Bug(
         "frames are sent again in the wrong order",
-        "core/speaking.py",
+        "core/outbox.py",
         "frame = self._again.popleft()",
         "frame = self._again.pop()",
         LINKS,
     ),
     Bug(
         "FIN is not kept for a new link",
-        "core/speaking.py",
+        "core/outbox.py",
         "self._emit(out, encode(Kind.FIN, stream_id, FIN.pack(send.window.sent)))",
         "out.append(encode(Kind.FIN, stream_id, FIN.pack(send.window.sent)))",
         CORE,
