@@ -201,8 +201,9 @@ async def _rescue(host: Host, name: str) -> tuple[bool, str]:
     while time.monotonic() < end:
         job = await host.virsh("domjobinfo", name)
         if re.search(r"Job type:\s+None", job):
-            text = f"libvirt missed the end of its mirrors, in QEMU {states or 'gone'}; domjobabort ended it"
-            return states in ([], ["concluded"]), text
+            missed = states in ([], ["concluded"])
+            what = "libvirt missed the end of its mirrors" if missed else f"it hung, QEMU's jobs {states}"
+            return missed, f"{what}; domjobabort ended it"
         await asyncio.sleep(_LOOK_SECONDS)
     return False, f"it hangs, with QEMU's jobs {states}, domjobabort or not: {' '.join(job.split())}"
 
