@@ -241,6 +241,21 @@ class LossTests(PeerTestCase):
         self.assertEqual(len(self.lines("link far", "3 streams")), 1)
         self.assertEqual(len(self.lines("link near", "3 streams")), 1)
 
+    def test_cancelled_by_another(self) -> None:
+        """Who hears that one request has failed may take back the next; that one is told once, too."""
+        ends, _ = self.streams()
+        told: list[Any] = []
+        first, second = self.request, ends.near.open_stream("later", 1000.0)
+        first.addErrback(lambda _: second.cancel())
+        second.addErrback(told.append)
+        ends.settle()
+        ends.connection.cut()
+        self.assertEqual(len(told), 1)
+        self.assertEqual(self.lines("exception from"), [])
+        self.assertEqual(self.flushLoggedErrors(), [])
+        self.assert_idle(ends)
+        self.assert_no_timers(ends)
+
     def test_closed(self) -> None:
         """A connection that the network ends in order is no clean end for any stream."""
         ends, protocols = self.streams()

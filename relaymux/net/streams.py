@@ -58,7 +58,7 @@ class OpenRequest:
         failed: Callable[[Failure], object],
     ) -> None:
         """
-        One of the two is called, once; neither after L{cancel} without a stream.
+        One of the two is called, once; neither when L{cancel} has returned.
 
         @param opened: the peer's end is connected.
         @param failed: it will not come: C{StreamReset}, C{SessionLost} or C{LocalError}.
@@ -100,8 +100,8 @@ class OpenRequest:
         if self.stream is not None:
             self.stream.abort(ErrorCode.ABORTED)
         else:
-            self._answered = True
             self.forget(self)
+        self._answered = True  # nor by a session that is over, and is telling one after the other
 
     def _stop_timer(self) -> None:
         if self.timer is not None and self.timer.active():
