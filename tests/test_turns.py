@@ -244,6 +244,19 @@ class LittleFirstTests(SynchronousTestCase):
         self.bring(self.far, self.disk, 50_000)
         self.assertEqual(heard.given, [])
 
+    def test_descriptor_used_again_before_the_end_was_told(self) -> None:
+        """Nor does the late end of the closed one cost it its own."""
+        number = self.control.fileno()
+        self.control.abortConnection()
+        theirs, other, heard = self.talker()
+        while other.fileno() != number:
+            theirs, other, heard = self.talker()
+        self.reactor.advance(0)
+        self.assertTrue(self.control.disconnected)
+        theirs.sendall(b"x")
+        self.bring(self.far, self.disk, 50_000)
+        self.assertEqual(heard.given, [64, 1])
+
     def test_exception(self) -> None:
         """An exception of one's protocol ends that connection and no other."""
 

@@ -95,7 +95,8 @@ class ReceivingSocket(SendingSocket):
         """
 
     def stopReading(self) -> None:
-        self._turns.forget(self._descriptor)
+        # Once we are closed the number may be another one's: then there is nothing to forget.
+        self._turns.forget(self.fileno())
         super().stopReading()
 
     def read_in_between(self) -> None:
