@@ -93,6 +93,7 @@ class Bench:
         """
         source, destination = self.ends(side)
         before = await self.rig.network.dialled()
+        self.relays.most = 0  # of this migration, not of those before in which the link was lost
         rehearsal = Rehearsal(machine, during=during)
         route = self.relays.route(destination, machine.domain.name)
         outcome = await rehearsal.move(source, destination, move, route)
