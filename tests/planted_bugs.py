@@ -207,7 +207,7 @@ BUGS = (
     Bug(
         "a libvirt that has closed is not seen while what it had sent waits",
         "net/bridge.py",
-        "return not self._local_open or self.local.transport.hungUp",
+        "return not self._local_open or self.local.transport.hung_up",
         "return not self._local_open",
         APART,
     ),

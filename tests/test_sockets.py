@@ -50,6 +50,9 @@ LARGE = content(6_000_000)
 class Endless:
     """A socket whose peer has always sent what Linux lets it: each read brings up to 208 KiB."""
 
+    def fileno(self) -> int:
+        return -1
+
     def recv_into(self, room: memoryview) -> int:
         """See C{socket.recv_into}."""
         return min(len(room), 208 * 1024)
@@ -540,14 +543,14 @@ class UNIXEndTests(EndTests, Both):
         for _ in range(3):
             peer.send(b"x")
             await self.turns()
-            self.assertFalse(transport.hungUp)
+            self.assertFalse(transport.hung_up)
         peer.shutdown(socket.SHUT_WR)
         await self.turns()
-        self.assertFalse(transport.hungUp)
+        self.assertFalse(transport.hung_up)
         peer.close()
-        self.assertTrue(transport.hungUp)
+        self.assertTrue(transport.hung_up)
         transport.abortConnection()
-        self.assertTrue(transport.hungUp)
+        self.assertTrue(transport.hung_up)
 
     async def test_hang_up_while_paused(self) -> None:
         """A peer that sent and closed while we neither read nor could write loses none of what it sent."""

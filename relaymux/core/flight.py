@@ -15,15 +15,11 @@ somebody waits.
 from __future__ import annotations
 
 from collections import deque
-from struct import Struct
 
 __all__ = ["FLIGHT_BYTES", "UNBOUNDED", "Flight"]
 
 #: Beyond every offset.
 UNBOUNDED = 2**64
-
-#: The payload of PING and PONG.
-NUMBER = Struct("!Q")
 
 #: Bytes that bulk may have on its way beside a message, on a line that takes no time.
 #: With these, and a PING for every half of them, both daemons have always something to do.
@@ -59,16 +55,16 @@ class Flight:
         # Oldest first: number, offset, time.  A peer need not answer each of them.
         self._unanswered: deque[tuple[int, int, float]] = deque(maxlen=MOST_UNANSWERED)
 
-    def ping(self, offset: int, now: float) -> bytes:
+    def ping(self, offset: int, now: float) -> int:
         """
         A PING leaves behind everything below C{offset}.
 
-        @return: its payload.
+        @return: its number.
         """
         self._number += 1
         self._pinged = offset
         self._unanswered.append((self._number, offset, now))
-        return NUMBER.pack(self._number)
+        return self._number
 
     def pong(self, number: int, now: float) -> bool:
         """

@@ -153,26 +153,19 @@ class FrameDecoder:
                 position = self._read_header(data, position, end)
                 if not self._in_payload:
                     return
-            length = self._length
-            if self._missing == length <= end - position:
-                # All of it is here, as nearly always: no detour over the pieces.
-                payload = data[position : position + length]
-                position += length
-                self._missing = 0
-                self._in_payload = False
-                size = HEADER_BYTES + length
-                if self._kind == _DATA:
-                    yield Frame(_DATA, self._stream_id, b"", [payload] if length else [], size)
-                else:
-                    yield Frame(self._kind, self._stream_id, bytes(payload), [], size)
-                continue
             take = min(self._missing, end - position)
+            piece = data[position : position + take]
+            self._missing -= take
+            position += take
+            if take == self._length:  # all of it is here, as nearly always
+                yield self._finish([piece] if take else [])
+                continue
             if take:
-                self._keep(data[position : position + take], take)
-                self._missing -= take
-                position += take
+                self._keep(piece, take)
             if not self._missing:
-                yield self._finish()
+                self._seal_small()
+                pieces, self._pieces = self._pieces, []
+                yield self._finish(pieces)
 
     def _read_header(self, data: memoryview, position: int, end: int) -> int:
         """Read a header, or put aside its beginning.  @return: the new position."""
@@ -213,7 +206,7 @@ class FrameDecoder:
         return position
 
     def _keep(self, piece: memoryview, size: int) -> None:
-        if size >= SMALL_PIECE or size == self._length:
+        if size >= SMALL_PIECE:
             self._seal_small()
             self._pieces.append(piece)
         elif self._small is None:
@@ -226,10 +219,7 @@ class FrameDecoder:
             self._pieces.append(memoryview(self._small).toreadonly())
             self._small = None
 
-    def _finish(self) -> Frame:
-        self._seal_small()
-        pieces = self._pieces
-        self._pieces = []
+    def _finish(self, pieces: list[memoryview]) -> Frame:
         self._in_payload = False
         size = HEADER_BYTES + self._length
         if self._kind == _DATA:

@@ -195,10 +195,10 @@ class Link:
             for buffer in buffers:
                 for frame in self._decoder.feed(buffer):
                     if frame.kind >= FIRST_SEQUENCED:
-                        yield from (self.session or self._open_session(frame)).receive_frame(frame)
+                        yield from self._open_session(frame).receive_frame(frame)
                     else:
                         yield from self._on_link_frame(frame, now)
-                    if self.state is LinkState.ENDED:
+                    if self.ended:
                         return
         except RemoteProtocolError as error:
             yield self._fault(error)
@@ -234,13 +234,14 @@ class Link:
                 out.append(self._ack(session))
             if self._ping_now:
                 self._ping_now = False
-                out.append(encode(Kind.PING, 0, self._flight.ping(before, now)))
+                out.append(encode(Kind.PING, 0, OFFSET.pack(self._flight.ping(before, now))))
             if self._pong is not None:
                 out.append(encode(Kind.PONG, 0, self._pong))
                 self._pong = None
             out += frames
             if beside_talk and self._flight.probe_due(session.sent):
-                out.append(encode(Kind.PING, 0, self._flight.ping(session.sent, now)))
+                number = self._flight.ping(session.sent, now)
+                out.append(encode(Kind.PING, 0, OFFSET.pack(number)))
         return out
 
     def next_timer(self) -> float:

@@ -73,7 +73,7 @@ class SendHalf:
     def ready(self) -> bool:
         """Whether there is something that credit allows to send: data, or the FIN after the last."""
         if self.queued:
-            return self.window.limit > self.window.sent
+            return self.window.room > 0
         return self.state is SendState.FINISHING
 
     def write(self, *buffers: Buffer) -> None:
@@ -98,14 +98,12 @@ class SendHalf:
         """
         limit = min(limit, self.window.room, self.queued)
         queue = self._queue
-        if limit == self.queued:
-            taken = list(queue)
-            queue.clear()
-            self.queued = 0
-            self.window.sent += limit
-            return taken, limit
-        taken = []
+        taken: list[Buffer] = []
         missing = limit
+        if limit == self.queued:  # as nearly always
+            taken.extend(queue)
+            queue.clear()
+            missing = 0
         while missing > 0:
             buffer = queue.popleft()
             size = len(buffer)

@@ -173,7 +173,7 @@ class Bridge:
     @property
     def is_local_gone(self) -> bool:
         """Whether the local program has closed, even if what it had sent before is not read yet."""
-        return not self._local_open or self.local.transport.hungUp
+        return not self._local_open or self.local.transport.hung_up
 
     @property
     def is_joined(self) -> bool:

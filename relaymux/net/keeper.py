@@ -21,7 +21,6 @@ from twisted.python.failure import Failure
 
 from relaymux.core.budget import Account, Budget, link_beginning
 from relaymux.core.events import (
-    DataReceived,
     Event,
     GoawayReceived,
     HelloReceived,
@@ -42,6 +41,16 @@ from relaymux.net.quietlog import QuietLog
 from relaymux.net.streams import Service, SessionStreams
 
 __all__ = ["Identity", "LinkListener", "SessionKeeper"]
+
+#: Events that are not about a stream.
+_OF_A_LINK = (
+    HelloReceived,
+    WelcomeReceived,
+    ResumeReceived,
+    ResumedReceived,
+    LinkEnded,
+    GoawayReceived,
+)
 
 #: Seconds that the accepting side holds a session beyond the window, so that the
 #: dialling side, which knows whether it is still trying, is the one to give up.
@@ -170,10 +179,13 @@ class SessionKeeper:
 
     def link_event(self, link: LinkProtocol, event: Event) -> None:
         """See L{LinkOwner.link_event}."""
-        if isinstance(event, DataReceived):  # by far the most
-            if link is self._link and self._held is not None:
-                self._held.streams.handle((event,))
-        elif isinstance(event, HelloReceived):
+        if isinstance(event, _OF_A_LINK):
+            self._link_said(link, event)
+        elif link is self._link and self._held is not None:
+            self._held.streams.handle((event,))
+
+    def _link_said(self, link: LinkProtocol, event: Event) -> None:
+        if isinstance(event, HelloReceived):
             self._on_hello(link, event.hello)
         elif isinstance(event, WelcomeReceived):
             self._on_welcome(link, event.welcome)
@@ -187,8 +199,6 @@ class SessionKeeper:
             self._log.info(
                 "link {peer}: the peer takes no new streams: {text}", peer=self.name, text=event.text
             )
-        elif link is self._link and self._held is not None:
-            self._held.streams.handle((event,))
 
     def link_flushed(self, link: LinkProtocol) -> None:
         """See L{LinkOwner.link_flushed}."""

@@ -49,7 +49,6 @@ class ReceivingSocket(SendingSocket):
         self.protocol = protocol
         self._clock = reactor
         self._pool = pool
-        self._descriptor = sock.fileno()
         self._turns = turns_for(reactor)
         self._talker = Talker(self._turns)
         self._input_open = True
@@ -138,11 +137,11 @@ class ReceivingSocket(SendingSocket):
             left -= count
             if count < READ_AGAIN and count < len(room):
                 break
-        brought_bulk, self._brings_bulk = self._brings_bulk, turn - left > LITTLE
-        if self._brings_bulk and not brought_bulk:
-            self._turns.forget(self._descriptor)
-        elif buffers and not self._brings_bulk:
-            self._turns.expect(self._descriptor, self, now)
+        self._brings_bulk = turn - left > LITTLE
+        if self._brings_bulk:
+            self._turns.forget(self.fileno())
+        elif buffers:
+            self._turns.expect(self.fileno(), self, now)
         if buffers:
             receiver.buffersReceived(buffers)
         if ended and self._input_open:

@@ -207,7 +207,7 @@ class SocketTransport(ReceivingSocket):
             self._later(0, self._close, self._ending)
 
     @property
-    def hungUp(self) -> bool:
+    def hung_up(self) -> bool:
         """
         Whether the peer of a UNIX socket has closed it, with whatever was sent before still to be read.
 

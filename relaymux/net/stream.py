@@ -180,7 +180,7 @@ class StreamTransport:
             return
         self._session.write(self.stream_id, *buffers)
         self._streams.flush()
-        if self._producer and self.queuedBytes:
+        if self.queuedBytes:
             self._call(self._producer.hold)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:

@@ -174,22 +174,15 @@ class SessionStreams:
     def handle(self, events: Iterable[Event]) -> None:
         """Tell the streams concerned."""
         for event in events:
-            if isinstance(event, DataReceived):  # by far the most
-                stream = self._streams.get(event.stream_id)
-                if stream is not None:
-                    stream.data_received(event.buffers, event.size)
-                continue
-            if isinstance(event, StreamOpened):
-                self._opened(event)
-                continue
-            if isinstance(event, StreamCrowdedOut):
-                self._crowded_out(event)
-                continue
             stream = self._streams.get(getattr(event, "stream_id", 0))
             if isinstance(event, StreamClosed):
                 self.undelivered += event.accepted - event.delivered
             if stream is not None:
                 self._tell(stream, event)
+            elif isinstance(event, StreamOpened):
+                self._opened(event)
+            elif isinstance(event, StreamCrowdedOut):
+                self._crowded_out(event)
 
     def drained(self) -> None:
         """Frames left: producers of streams with nothing queued may go on."""
@@ -260,7 +253,9 @@ class SessionStreams:
             stream.closed()
 
     def _tell(self, stream: StreamTransport, event: Event) -> None:
-        if isinstance(event, StreamFinished):
+        if isinstance(event, DataReceived):
+            stream.data_received(event.buffers, event.size)
+        elif isinstance(event, StreamFinished):
             stream.finished()
         elif isinstance(event, StreamClosed):
             self._closed(stream, event)

@@ -116,10 +116,10 @@ class Bench:
         """
         Try to move, with something beside it that ends it.
 
-        @param may_hang: whether libvirt may miss that its own mirrors have ended, which is no fault
-            of the relays: then QEMU must say that they have, and C{virsh domjobabort} must help.
         @param decisions: for each side whose relay lives on, what its log has to say of whose
             decision the ends were (L{one_line_each}).
+        @param may_hang: whether libvirt may miss that its own mirrors have ended, which is no fault
+            of the relays: then QEMU must say that they have, and C{virsh domjobabort} must help.
         @return: what was verified of the guest at the source, of both hosts, and of the logs.
         """
         source, destination = self.ends(0)

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from relaymux.testing.libvirt.bench import Bench, Case
+from relaymux.testing.libvirt.domain import VirtualMachine
 from relaymux.testing.libvirt.faults import Fault, Moment, Saboteur, Strike
 from relaymux.testing.libvirt.moves import Move
 from relaymux.testing.qemu.rehearsal import Check
@@ -64,8 +65,7 @@ def _given_up(moment: Moment) -> Case:
         strike = Strike(moment, Fault.BLACK_HOLE, 60.0)
         saboteur = Saboteur(bench.relays, machine, source, destination, [strike])
         checks = await bench.fails(machine, _SLOW, saboteur.run, {0: _GAVE_UP, 1: {}})
-        outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
-        return checks + _again(outcome.checks)
+        return checks + await _moves_after_all(bench, machine)
 
     return case
 
@@ -83,8 +83,7 @@ def _killed(
             await kill(bench)
 
         checks = await bench.fails(machine, _SLOW, during, decisions, may_hang=may_hang)
-        outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
-        return checks + _again(outcome.checks)
+        return checks + await _moves_after_all(bench, machine)
 
     return case
 
@@ -114,8 +113,9 @@ async def _mirror(bench: Bench, name: str) -> str:
     return (await source.run("sh", "-c", command)).output
 
 
-def _again(checks: list[Check]) -> list[Check]:
-    return [Check(f"then it moves: {check.what}", check.passed, check.evidence) for check in checks]
+async def _moves_after_all(bench: Bench, machine: VirtualMachine) -> list[Check]:
+    outcome = await bench.move(machine, Move(_DISKS), may_redial=True)
+    return [Check(f"then it moves: {check.what}", check.passed, check.evidence) for check in outcome.checks]
 
 
 FAULT_CASES: dict[str, Case] = {
