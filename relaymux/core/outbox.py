@@ -75,7 +75,7 @@ class Outbox:
     @property
     def has_something(self) -> bool:
         """Whether a frame waits to be sent; it may have to wait for the peer's acknowledgement, too."""
-        return self.has_control or bool(self._turns or self._again)
+        return bool(self._control or self._credit_due or self._turns or self._again)
 
     @property
     def ack_due(self) -> bool:

@@ -139,9 +139,9 @@ class ReceivingSocket(SendingSocket):
                 break
         self._brings_bulk = turn - left > LITTLE
         if self._brings_bulk:
-            self._turns.forget(self.fileno())
+            self._turns.forget(self.socket.fileno())
         elif buffers:
-            self._turns.expect(self.fileno(), self, now)
+            self._turns.expect(self.socket.fileno(), self, now)
         if buffers:
             receiver.buffersReceived(buffers)
         if ended and self._input_open:
