@@ -24,6 +24,7 @@ from tests.faults.traffic import PATIENCE, Traffic, wait_until
 from tests.faults.wire import PROJECT, Wire
 
 __all__ = [
+    "BEGUN",
     "DOWN",
     "MIB",
     "OVER",
@@ -49,6 +50,10 @@ SMALL = ("memory = 6M", "window = 64K", "replay-buffer = 256K")
 #: Bytes of each flow that are more than four windows, and together more than two replay buffers, of L{SMALL},
 #: even if one of them grows by what the memory lets it.
 SMALL_FLOW = 4 * MIB + 12345
+
+#: Matches one line of each connection that had a stream: that it is open, or, if it was over
+#: by then, that of its end.
+BEGUN = r"connection \d+ .*, stream \d+ of link "
 
 _Test = Callable[[Any], Any]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tests.faults.pair import (
+    BEGUN,
     DOWN,
     MIB,
     OVER,
@@ -21,7 +22,7 @@ from tests.faults.pair import (
     Pair,
     thorough,
 )
-from tests.faults.traffic import wait_until
+from tests.faults.traffic import PATIENCE, wait_until
 from tests.faults.wire import Wire
 
 #: Bytes of each flow of traffic that is not to come to its end.
@@ -256,8 +257,10 @@ class WaitingTests(EndTestCase):
             self.assertEqual(pair.a.count(r"connection \d failed: .*not up within 2 s"), 3)
             pair.wire.do("refuse", 0)
             self.begin_anew(pair)
-            opened = pair.b.count(r"connection \d+ open")
-            self.assertEqual(opened, 2, pair.b.tail())
+            wait_until(
+                lambda: pair.b.count(r"connection \d+ closed") == 2, "both ends are told", PATIENCE, pair.logs
+            )
+            self.assertEqual(pair.b.count(BEGUN), 2, pair.b.tail())
 
 
 class PathTests(EndTestCase):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import time
 
-from tests.faults.pair import DOWN, MIB, SMALL, SMALL_FLOW, FaultTestCase, Pair, thorough
+from tests.faults.pair import BEGUN, DOWN, MIB, SMALL, SMALL_FLOW, FaultTestCase, Pair, thorough
 from tests.faults.traffic import PATIENCE, wait_until
 
 #: Seconds for which a link is left alone before it is cut: little more than what makes it
@@ -44,8 +44,7 @@ class ResumeTests(FaultTestCase):
         """@return: of both daemons, resident bytes and descriptors."""
         wait_until(
             lambda: all(
-                daemon.count(r"connection \d+ open") == daemon.count(r"connection \d+ closed")
-                for daemon in pair.daemons
+                daemon.count(BEGUN) == daemon.count(r"connection \d+ closed") for daemon in pair.daemons
             ),
             "nothing is open",
             PATIENCE,

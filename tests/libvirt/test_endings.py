@@ -32,6 +32,11 @@ CLOSED = (
     " 0.1 s, 0 bytes/s; relaymux has delivered all it had; /run/n\n"
 )
 
+SHORT = (
+    "[relaymux#info] vm web1 ram: connection 1 closed by the program here, 16 bytes sent, 0 bytes received,"
+    " 0.0 s, 0 bytes/s; relaymux has delivered all it had; /run/r, stream 7 of link hv-b\n"
+)
+
 GAVE_UP = {"nbd": "relaymux gave up: link hv-b is away"}
 
 
@@ -52,10 +57,18 @@ class EndTests(SynchronousTestCase):
         """One line for each."""
         self.assertTrue(one_line_each("hv-a", BEGUN + CONTROL + DISK, "web1", GAVE_UP).passed)
         self.assertTrue(one_line_each("hv-a", BEGUN + CONTROL + CLOSED, "web1", {}).passed)
+        self.assertTrue(one_line_each("hv-a", BEGUN + CONTROL + CLOSED + SHORT, "web1", {}).passed)
 
     def test_wrong(self) -> None:
         """None, one too few, one too many, another decision, a part that was to be there."""
-        for log in ("", BEGUN, BEGUN + DISK, BEGUN + CONTROL + DISK + DISK, BEGUN + CONTROL + CLOSED):
+        for log in (
+            "",
+            BEGUN,
+            BEGUN + DISK,
+            BEGUN + CONTROL + DISK + DISK,
+            BEGUN + CONTROL + CLOSED,
+            SHORT * 2,
+        ):
             check = one_line_each("hv-a", log, "web1", GAVE_UP)
             self.assertFalse(check.passed, log)
         self.assertFalse(one_line_each("hv-a", BEGUN + CONTROL + DISK, "web1", {"ram": ""}).passed)

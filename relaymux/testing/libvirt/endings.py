@@ -13,7 +13,8 @@ __all__ = ["End", "connection_ends", "one_line_each"]
 
 _CONNECTION = r"vm (?P<vm>\S+) (?P<part>control|ram|nbd): connection (?P<number>\d+)"
 
-_BEGUN = re.compile(rf"{_CONNECTION} open, ")
+# Which stream it has is said once: when it is open, or at its end if it was over by then.
+_BEGUN = re.compile(rf"{_CONNECTION} .*, stream \d+ of link ")
 
 _AMOUNT = r"(?:[\d.]+ [KMGT]iB \()?\d+ bytes\)?"
 
