@@ -27,7 +27,7 @@ from zope.interface.verify import verifyObject
 from relaymux.core.budget import STREAM_WRITES
 from relaymux.interfaces import IBufferTransport
 from relaymux.net import sockets
-from relaymux.net.buffers import BufferPool
+from relaymux.net.buffers import BufferPool, PythonBufferPool
 from relaymux.net.families import MOST_EXPECTED, NOTSENT_LOWAT, transport_for, tune_link
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.turns import TALK_SECONDS
@@ -149,6 +149,7 @@ class DataTests:
         protocol = Recorder()
         transport, _ = self.connect(protocol)
         transport.stopReading()
+        transport._pool = PythonBufferPool()  # the compiled one reads descriptors only
         connected, transport.socket = transport.socket, Endless()
         try:
             for _ in range(5):
@@ -467,6 +468,7 @@ class EndTests:
             protocol = Recorder()
             transport, peer = self.connect(protocol)
             real = transport.socket
+            transport._pool = PythonBufferPool()
             transport.socket = Failing(real, code)
             transport.writeBuffers([b"one", b"two"])
             transport.write(b"three")
@@ -479,6 +481,7 @@ class EndTests:
         self.patch(sockets, "MEMORY_PAUSE", 0.01)
         protocol = Recorder()
         transport, peer = self.connect(protocol)
+        transport._pool = PythonBufferPool()
         transport.socket = Failing(transport.socket, errno.ENOMEM)
         peer.send(b"later")
         await self.until(lambda: transport.socket._failed, "reading failed")

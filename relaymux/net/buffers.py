@@ -15,10 +15,15 @@ of it exists, so C{pop} fails exactly as long as the buffer is lent.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
+from socket import socket
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-__all__ = ["BUFFER_SIZE", "BufferPool", "pool_for"]
+from relaymux.net.compiled import native
+
+__all__ = ["BUFFER_SIZE", "END_OF_INPUT", "BufferPool", "PythonBufferPool", "pool_for"]
 
 #: Bytes per buffer.  One read of a UNIX socket returns at most what its sender
 #: was allowed to queue, 208 KiB by Linux's default; more is gained by larger
@@ -38,10 +43,13 @@ LOOKED_AT = 4
 #: back to the system.
 IDLE_BUFFERS = 32
 
+#: Instead of an errno, where reading found that nothing more will come.
+END_OF_INPUT = -1
+
 _NOTHING = memoryview(b"")
 
 
-class BufferPool:
+class PythonBufferPool:
     """
     Memory to receive into, shared by everything that reads in one reactor.
 
@@ -102,6 +110,43 @@ class BufferPool:
         self._filled = end = start + count
         return self._readable[start:end]
 
+    def gather(self, sock: socket, limit: int, minimum: int, again: int) -> tuple[list[memoryview], int, int]:
+        """
+        Read what the kernel has of C{sock}, which does not block.
+
+        @param limit: bytes at most.
+        @param minimum: as of L{room}.
+        @param again: a read that brought at least so much is followed by another one.
+        @return: views of what was read, oldest first; their bytes; and 0, L{END_OF_INPUT}
+            or the errno with which reading failed.
+        """
+        views: list[memoryview] = []
+        room, filled, left, ended = _NOTHING, 0, limit, 0
+        while left > 0:
+            if len(room) - filled < minimum:
+                # What several reads brought is one view as long as it is in one piece.
+                if filled:
+                    views.append(self.take(filled))
+                room, filled = self.room(minimum), 0
+            space = room[filled : filled + left]
+            try:
+                count = sock.recv_into(space)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                ended = error.errno or errno.EIO
+                break
+            if not count:
+                ended = END_OF_INPUT
+                break
+            filled += count
+            left -= count
+            if count < again and count < len(space):
+                break
+        if filled:
+            views.append(self.take(filled))
+        return views, limit - left, ended
+
     def _use(self, buffer: bytearray) -> None:
         """Make C{buffer} the one that is filled next."""
         self._current = buffer
@@ -137,6 +182,12 @@ def _is_returned(buffer: bytearray) -> bool:
     except BufferError:
         return False
     return True
+
+
+if TYPE_CHECKING or native is None:  # noqa: SIM108 (type checkers do not take the other form)
+    BufferPool = PythonBufferPool
+else:
+    BufferPool = native.BufferPool
 
 
 _pools: WeakKeyDictionary[object, BufferPool] = WeakKeyDictionary()

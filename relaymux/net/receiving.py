@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from socket import socket
 from typing import Any
@@ -10,7 +11,7 @@ from twisted.internet.interfaces import IProtocol
 
 from relaymux.core.schedule import LITTLE
 from relaymux.interfaces import IBufferReceiver
-from relaymux.net.buffers import BufferPool
+from relaymux.net.buffers import END_OF_INPUT, BufferPool
 from relaymux.net.sending import SendingSocket
 from relaymux.net.turns import Talker, turns_for
 
@@ -118,26 +119,8 @@ class ReceivingSocket(SendingSocket):
             self._turns.let_little_read(now)
             if self._paused or self.disconnecting or not self._input_open:
                 return  # due to what the others brought
-        buffers: list[memoryview] = []
-        ended: OSError | bool = False
-        left = turn = self._turns.limit(now)
-        while left > 0:
-            room = self._pool.room(READ_ROOM)[:left]
-            try:
-                count = self.socket.recv_into(room)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                ended = error
-                break
-            if not count:
-                ended = True
-                break
-            buffers.append(self._pool.take(count))
-            left -= count
-            if count < READ_AGAIN and count < len(room):
-                break
-        self._brings_bulk = turn - left > LITTLE
+        buffers, count, ended = self._pool.gather(self.socket, self._turns.limit(now), READ_ROOM, READ_AGAIN)
+        self._brings_bulk = count > LITTLE
         if self._brings_bulk:
             self._turns.forget(self.socket.fileno())
         elif buffers:
@@ -145,10 +128,10 @@ class ReceivingSocket(SendingSocket):
         if buffers:
             receiver.buffersReceived(buffers)
         if ended and self._input_open:
-            if isinstance(ended, OSError):
-                self._receiving_failed(ended)
-            else:
+            if ended == END_OF_INPUT:
                 self._input_ended()
+            else:
+                self._receiving_failed(OSError(ended, os.strerror(ended)))
 
     def _read_bytes(self) -> None:
         """Read for a protocol that takes C{bytes}, or for nobody."""

@@ -4,7 +4,8 @@ TLS between memory and memory: the only module that knows how OpenSSL is fed.
 pyOpenSSL's public calls allocate a block for every read, copy what they read
 out of it once more, and write one record per call.  L{FastEngine} calls the
 same OpenSSL functions through pyOpenSSL's bindings, on buffers that are used
-again and again: about two thirds of the CPU time per byte.  Those bindings are
+again and again: about two thirds of the CPU time per byte.  L{NativeEngine} does
+the same in compiled loops, where an installation has them.  Those bindings are
 not a public interface, so L{make_engine} uses them only if all that it needs is
 there, and else the L{Engine} that does without.
 """
@@ -12,14 +13,16 @@ there, and else the L{Engine} that does without.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from OpenSSL import SSL
 
 from relaymux.interfaces import Buffer
 from relaymux.net.buffers import BufferPool
+from relaymux.net.compiled import native
 
-__all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "Engine", "FastEngine", "make_engine"]
+__all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "RECORD", "Engine", "FastEngine", "NativeEngine", "make_engine"]
 
 #: Plain bytes encrypted before they are sent: what a link hands over at once
 #: (L{relaymux.net.link.FLUSH_BYTES} and a frame more, with their headers), so that no
@@ -34,7 +37,11 @@ CIPHER_BUFFER_SIZE = BATCH + 16 * 1024
 _ROOM = 64 * 1024
 
 #: The most that one TLS record holds.
-_RECORD = 16 * 1024
+RECORD = 16 * 1024
+
+#: Buffers up to this size are put together with what follows: a record of
+#: their own would cost more than the copy.
+_SMALL = 2048
 
 _BINDINGS = (
     "BIO_get_mem_data",
@@ -102,7 +109,7 @@ class Engine:
         try:
             while count < len(room):
                 # One record at a time is all OpenSSL gives, and the room is allocated anew.
-                count += self.connection.recv_into(room[count : count + _RECORD])
+                count += self.connection.recv_into(room[count : count + RECORD])
         except SSL.WantReadError:
             return count
         except SSL.Error as error:
@@ -112,14 +119,45 @@ class Engine:
                 raise
         return count
 
-    def encrypt(self, data: Buffer) -> None:
-        """Encrypt C{data}; L{take} has the result."""
+    def read(self, pool: BufferPool) -> list[memoryview]:
+        """
+        Decrypt all that was fed.
+
+        @param pool: where plain bytes go.
+        @return: views of them, oldest first.  If C{error} is set then, nothing comes behind them.
+        @raise SSL.Error: as L{read_into}, if there are none.
+        """
+        views: list[memoryview] = []
+        while True:
+            room = pool.room(_ROOM)
+            try:
+                count = self.read_into(room)
+            except SSL.Error:
+                if not views:
+                    raise
+                return views
+            if count:
+                views.append(pool.take(count))
+            if count < len(room) and self.error is None:
+                return views
+
+    def encrypt(self, buffers: Sequence[Buffer]) -> list[memoryview]:
+        """
+        Encrypt C{buffers}.
+
+        @return: all that is to be sent, encrypted.
+        """
+        for data in _join_small(buffers):
+            self._encrypt(data)
+        return self.take()
+
+    def _encrypt(self, data: Buffer) -> None:
         left = memoryview(data)
         while left:
             left = left[self.connection.send(left) :]
 
     def take(self) -> list[memoryview]:
-        """@return: all that is to be sent, encrypted."""
+        """@return: all that OpenSSL has to send."""
         taken: list[memoryview] = []
         while True:
             room = self._pool.room(_ROOM)
@@ -225,7 +263,7 @@ class FastEngine(Engine):
                 raise
         return count
 
-    def encrypt(self, data: Buffer) -> None:
+    def _encrypt(self, data: Buffer) -> None:
         if not data:
             return
         with _from_buffer(data) as start:
@@ -245,6 +283,80 @@ class FastEngine(Engine):
         return taken
 
 
+class NativeEngine(FastEngine):
+    """The same in compiled loops: one call for all records of a turn."""
+
+    def __init__(self, connection: SSL.Connection, pool: BufferPool) -> None:
+        super().__init__(connection, pool)
+        assert native is not None and _FUNCTIONS is not None
+        self._records = native.Records(
+            _address(self._ssl),
+            _address(self._outgoing),
+            *_FUNCTIONS,
+            _lib.SSL_ERROR_WANT_READ,
+            _SMALL,
+        )
+
+    def read(self, pool: BufferPool) -> list[memoryview]:
+        if self.error is not None:
+            raise self.error
+        views: list[memoryview]
+        views, result = self._records.read(pool, self._has_read)
+        if result <= 0:
+            try:
+                self._raise(self._ssl, result)
+            except SSL.Error as error:
+                self.error = error
+                if not views:
+                    raise
+        return views
+
+    def encrypt(self, buffers: Sequence[Buffer]) -> list[memoryview]:
+        views: list[memoryview]
+        views, result = self._records.write(self._pool, buffers)
+        if result <= 0:
+            self._raise(self._ssl, result)
+        return views
+
+
+def _join_small(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """@return: the same bytes as pieces worth a record each: what is small shares one with what follows."""
+    pieces: list[Buffer] = []
+    small: list[Buffer] = []
+    for data in buffers:
+        if len(data) <= _SMALL:
+            small.append(data)
+        elif small:
+            first = RECORD - sum(map(len, small)) % RECORD
+            small.append(memoryview(data)[:first])
+            pieces += [b"".join(small), memoryview(data)[first:]]
+            small = []
+        else:
+            pieces.append(data)
+    if small:
+        pieces.append(b"".join(small))
+    return pieces
+
+
+def _address(pointer: Any) -> int:
+    return int(_ffi.cast("uintptr_t", pointer))
+
+
+def _find_functions() -> tuple[int, ...] | None:
+    """
+    Where the functions are that L{native} calls.
+
+    @return: their addresses, in its order; L{None} if pyOpenSSL's bindings are not as we know them.
+    """
+    try:
+        from cryptography.hazmat.bindings._rust import _openssl
+
+        names = ("SSL_read", "SSL_write", "SSL_get_error", "BIO_read")
+        return tuple(_address(_openssl.ffi.addressof(_openssl.lib, name)) for name in names)
+    except (ImportError, AttributeError, TypeError):
+        return None
+
+
 _lib: Any = getattr(SSL, "_lib", None)
 _ffi: Any = getattr(SSL, "_ffi", None)
 _from_buffer: Any = getattr(_ffi, "from_buffer", None)
@@ -253,9 +365,12 @@ _from_buffer: Any = getattr(_ffi, "from_buffer", None)
 _NOWHERE: Any = None if _ffi is None else _ffi.new("char **")
 
 
+_FUNCTIONS = None if native is None else _find_functions()
+
+
 def make_engine(connection: SSL.Connection, pool: BufferPool) -> Engine:
     """@return: the fastest engine that this version of pyOpenSSL allows; parameters as of L{Engine}."""
     has_bindings = _from_buffer is not None and all(hasattr(_lib, name) for name in _BINDINGS)
-    if has_bindings and all(hasattr(connection, name) for name in _ATTRIBUTES):
-        return FastEngine(connection, pool)
-    return Engine(connection, pool)
+    if not has_bindings or not all(hasattr(connection, name) for name in _ATTRIBUTES):
+        return Engine(connection, pool)
+    return (FastEngine if _FUNCTIONS is None else NativeEngine)(connection, pool)

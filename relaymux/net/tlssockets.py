@@ -55,9 +55,9 @@ from relaymux.net.buffers import BufferPool
 from relaymux.net.receiving import PLAIN_READ, READ_ROOM
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.tlscontext import TLSIdentity
-from relaymux.net.tlsengine import make_engine
+from relaymux.net.tlsengine import RECORD, make_engine
 from relaymux.net.tlserrors import handshake_error, lost_error
-from relaymux.net.tlswriting import RECORD, EncryptingConsumer
+from relaymux.net.tlswriting import EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
 
@@ -276,23 +276,11 @@ class TLSTransport(EncryptingConsumer):
         if self._paused or not self._is_open():
             self._undelivered = True
             return
-        buffers: list[memoryview] = []
-        ended: SSL.Error | None = None
-        while ended is None:
-            room = self._pool.room(READ_ROOM)
-            try:
-                count = self._engine.read_into(room)
-            except SSL.Error as error:
-                ended = error
-                break
-            if count:
-                buffers.append(self._pool.take(count))
-            if count < len(room) and self._engine.error is None:
-                break
+        buffers = self._engine.read(self._pool)
         if buffers:
             receiver.buffersReceived(buffers)
-        if ended is not None:
-            raise ended
+        if self._engine.error is not None:
+            raise self._engine.error
 
     def _deliver_bytes(self) -> None:
         """As L{_deliver_buffers}; pausing takes effect with the next portion."""

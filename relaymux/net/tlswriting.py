@@ -15,13 +15,6 @@ from relaymux.net.tlsengine import BATCH, Engine
 
 __all__ = ["EncryptingConsumer"]
 
-#: Buffers up to this size are put together with what follows: a record of
-#: their own would cost more than the copy.
-SMALL = 2048
-
-#: The most one TLS record holds.
-RECORD = 16 * 1024
-
 
 class EncryptingConsumer:
     """
@@ -75,36 +68,27 @@ class EncryptingConsumer:
     def _encrypt(self) -> None:
         """Encrypt and hand down what the socket takes."""
         while self._queued and not (self._held or self._reason or self._engine.failed):
-            for data in self._next_batch():
-                self._engine.encrypt(data)
-            self._send_encrypted()
+            self._socket.writeBuffers(self._engine.encrypt(self._next_batch()))
 
     def _next_batch(self) -> list[Buffer]:
-        """Take up to L{BATCH} bytes out of the queue, as pieces worth a record each."""
-        queue, size = self._queue, 0
-        pieces: list[Buffer] = []
-        small: list[Buffer] = []
-        while queue and size < BATCH:
-            data = queue.popleft()
-            room = BATCH - size
-            if len(data) > room:
-                queue.appendleft(memoryview(data)[room:])
-                data = memoryview(data)[:room]
-            size += len(data)
-            if len(data) <= SMALL:
-                small.append(data)
-            elif small:
-                first = RECORD - sum(map(len, small)) % RECORD
-                small.append(memoryview(data)[:first])
-                pieces += [b"".join(small), memoryview(data)[first:]]
-                small = []
-            else:
-                pieces.append(data)
-        if small:
-            pieces.append(b"".join(small))
+        """Take up to L{BATCH} bytes out of the queue."""
+        queue, size = self._queue, self._queued
+        if size <= BATCH:  # as nearly always: a link hands over no more
+            batch = list(queue)
+            queue.clear()
+        else:
+            batch, size = [], 0
+            while size < BATCH:
+                data = queue.popleft()
+                room = BATCH - size
+                if len(data) > room:
+                    queue.appendleft(memoryview(data)[room:])
+                    data = memoryview(data)[:room]
+                batch.append(data)
+                size += len(data)
         self._queued -= size
         self._encrypted += size
-        return pieces
+        return batch
 
     def _send_encrypted(self) -> None:
         encrypted = self._engine.take()
