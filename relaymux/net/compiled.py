@@ -2,7 +2,7 @@
 Which parts of this installation are compiled.
 
 Two are, where it was made with a C compiler at hand: the innermost loops of the data
-path (F{relaymux/_native.c}, which has a twin in Python for all it does), and the hot
+path (F{_native.c}, which has a twin in Python for all it does), and the hot
 modules of the core, from the same source that is else interpreted.
 """
 
@@ -16,7 +16,7 @@ __all__ = ["describe_compiled", "native"]
 
 native: ModuleType | None
 try:
-    from relaymux import _native as native
+    from relaymux.net import _native as native
 except ImportError:
     native = None
 

@@ -3,7 +3,7 @@
  *
  * Everything here has a twin in Python that does the same, and is what an installation
  * without a compiler uses: BufferPool in relaymux/net/buffers.py, Records in
- * relaymux/net/tlsengine.py (FastEngine).  relaymux/_native.pyi says what the calls
+ * relaymux/net/tlsengine.py (FastEngine).  relaymux/net/_native.pyi says what the calls
  * mean.  There is no policy here: no limit, no state of a connection, nothing of the
  * protocol.
  *
@@ -81,7 +81,7 @@ static PyBufferProcs lent_buffer = {.bf_getbuffer = (getbufferproc)lent_getbuffe
 
 static PyTypeObject LentType = {
     PyVarObject_HEAD_INIT(NULL, 0)
-    .tp_name = "relaymux._native.Buffer",
+    .tp_name = "relaymux.net._native.Buffer",
     .tp_basicsize = sizeof(Lent),
     .tp_dealloc = (destructor)lent_dealloc,
     .tp_flags = Py_TPFLAGS_DEFAULT,
@@ -309,7 +309,7 @@ static PyGetSetDef pool_attributes[] = {
 
 static PyTypeObject PoolType = {
     PyVarObject_HEAD_INIT(NULL, 0)
-    .tp_name = "relaymux._native.BufferPool",
+    .tp_name = "relaymux.net._native.BufferPool",
     .tp_basicsize = sizeof(Pool),
     .tp_new = pool_new,
     .tp_dealloc = (destructor)pool_dealloc,
@@ -517,7 +517,7 @@ static PyMethodDef records_methods[] = {
 
 static PyTypeObject RecordsType = {
     PyVarObject_HEAD_INIT(NULL, 0)
-    .tp_name = "relaymux._native.Records",
+    .tp_name = "relaymux.net._native.Records",
     .tp_basicsize = sizeof(Records),
     .tp_new = records_new,
     .tp_dealloc = (destructor)records_dealloc,
@@ -529,7 +529,7 @@ static PyTypeObject RecordsType = {
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "relaymux._native",
+    .m_name = "relaymux.net._native",
     .m_doc = "The innermost loops of the data path, compiled.",
     .m_size = -1,
 };
