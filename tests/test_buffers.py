@@ -32,7 +32,7 @@ def place(pool: BufferPool, minimum: int) -> int:
     return ctypes.addressof((ctypes.c_char * len(room)).from_buffer(room))
 
 
-if TYPE_CHECKING:  # noqa: SIM108 (type checkers do not take the other form)
+if TYPE_CHECKING:
     _Base = SynchronousTestCase
 else:
     _Base = object
