@@ -8,6 +8,7 @@ import gc
 import random
 import socket
 import struct
+import sys
 import time
 import unittest
 from collections.abc import Callable
@@ -257,6 +258,26 @@ class NativeBufferPoolTests(PoolTests, SynchronousTestCase):
     """The compiled pool."""
 
     make = BufferPool
+
+    def test_nothing_is_left(self: Any) -> None:
+        """Reading again and again leaves no objects behind, nor do calls that fail."""
+        pool = self.make(4096)
+        reader, writer = self.pair()
+
+        def use() -> None:
+            for _ in range(200):
+                writer.sendall(bytes(10_000))
+                pool.gather(reader, 100_000, 1024, 1)
+                self.assertRaises(ValueError, pool.gather, reader, 1, 5000, 1)
+                self.assertRaises(ValueError, pool.take, 5000)
+                fill(pool, b"x" * 3000, 3000)
+
+        use()
+        gc.collect()
+        before = sys.getallocatedblocks()
+        use()
+        gc.collect()
+        self.assertLess(sys.getallocatedblocks() - before, 100)
 
     def test_nonsense(self: Any) -> None:
         """Wrong calls are refused, and harm nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from collections.abc import Iterator
 from itertools import product
 
@@ -186,6 +187,25 @@ class EngineTests(SynchronousTestCase):
                 self.assertEqual(len(encrypted), sum(sizes) + overhead * records, f"{kind}, {sizes}")
                 wire.server.feed(memoryview(encrypted))
                 self.assertEqual(wire.read_views(wire.server), b"".join(data))
+
+    def test_nothing_is_left(self) -> None:
+        """Records leave no objects behind."""
+        for kind in KINDS:
+            wire = Wire(kind, kind)
+            data = [bytes(12), bytes(100_000)]
+
+            def use(wire: Wire = wire, data: list[bytes] = data) -> None:
+                for _ in range(50):
+                    for view in wire.client.encrypt(data):
+                        wire.server.feed(view)
+                    wire.server.read(wire.pool)
+
+            use()
+            gc.collect()
+            before = sys.getallocatedblocks()
+            use()
+            gc.collect()
+            self.assertLess(sys.getallocatedblocks() - before, 40, kind)
 
     def test_garbage_collector(self) -> None:
         """

@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from relaymux.core.budget import Budget
 from relaymux.core.handshake import Limits
 from relaymux.errors import ConfigurationError, RelaymuxError
+from relaymux.net.compiled import describe_compiled
 from relaymux.net.dialer import Dialer, LinkPort
 from relaymux.net.disks import ensure_directory
 from relaymux.net.peer import Identity, Peer
@@ -217,11 +218,12 @@ class RelayService(Service):
             signal.signal(number, self._on_signal)
         # Only now: whoever reads it may stop the daemon, and it ends in order.
         self._log.info(
-            "relaymux {name} started: {links} links, {services} sockets, from {file}",
+            "relaymux {name} started: {links} links, {services} sockets, from {file}; compiled: {compiled}",
             name=self._configuration.name,
             links=len(self._peers),
             services=len(self._sockets),
             file=self._configuration.file,
+            compiled=describe_compiled(),
         )
 
     def _on_signal(self, number: int, _: object) -> None:
