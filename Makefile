@@ -1,4 +1,6 @@
 # make test     everything that is checked before a change goes in; prepares what is missing
+# make test-compiled  the core's and the sockets' tests with what `pip install .` compiles; part of
+#               make test where there is a C compiler
 # make test-faults  the long tests of lost links, and planted bugs
 # make test-libvirt  a machine moved by two real libvirt hosts, in all ways and with faults; as root
 # make demo     a real live migration through the relay, on this machine
@@ -28,14 +30,34 @@ QUICK = $(subst /,.,$(basename $(filter-out $(SLOW),$(sort $(wildcard tests/test
 # by the hundred, and bugs that are planted to see them caught.
 FAULTS = tests/faults tests/qemu/test_cuts.py $(wildcard tests/test_resume*.py)
 
+# Where sources are copied to and compiled, as the checkout itself is never compiled; and what
+# runs there: the tests of what is compiled, and of what calls it.
+COMPILED = build/compiled
+COMPILED_TESTS = $(sort $(wildcard tests/test_core*.py tests/test_properties*.py tests/test_resume*.py \
+	tests/test_net_*.py tests/test_tls*.py)) \
+	tests/test_sockets.py tests/test_buffers.py tests/test_turns.py tests/test_transports.py
+# The path is for the programs that tests start: the virtualenv leads them to the checkout.
+IN_COMPILED = cd $(COMPILED) && PYTHONPATH=$(abspath $(COMPILED)) $(abspath $(BIN))/python
+
 # What `make bench` compares relaymux with, and measures with.
 PEERS = openssh-client openssh-server stunnel4 haproxy socat nbdkit libnbd-bin qemu-utils
 
-.PHONY: test test-faults test-libvirt demo demo-libvirt lint bench bench-quick bench-tools venv qemu libvirt clean
+.PHONY: test test-compiled test-faults test-libvirt demo demo-libvirt lint bench bench-quick bench-tools venv qemu libvirt clean
 
 test: lint qemu libvirt
 	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp $(QUICK)
 	$(BIN)/python -m pytest $(TESTS)
+	@VENV=$(VENV) scripts/compiled-copy $(COMPILED) && status=0 || status=$$?; \
+	case $$status in \
+	0) $(MAKE) test-compiled ;; \
+	3) echo "make test: the compiled variant was not tested, as there is no C compiler for it" ;; \
+	*) exit $$status ;; \
+	esac
+
+test-compiled: venv
+	VENV=$(VENV) scripts/compiled-copy $(COMPILED)
+	$(IN_COMPILED) -m tests.compiled
+	$(IN_COMPILED) -m pytest $(COMPILED_TESTS)
 
 test-faults: qemu
 	scripts/debian-packages faketime
@@ -84,3 +106,5 @@ clean:
 	[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 	rm -rf build dist *.egg-info _trial_temp* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name dropin.cache -exec rm -f {} +
+	# Of build_ext --inplace: they would go on hiding the modules that they were compiled from.
+	find relaymux -name '*.so' -exec rm -f {} +

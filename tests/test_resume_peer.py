@@ -63,10 +63,19 @@ class WaitingTests(PeerTests):
         near, far = self.open(hosts)
         far.transport.pauseProducing()
 
-        def fail(_: object) -> None:
-            raise MemoryError("once")
+        class NoRoom:
+            """In place of the whole inbox, as a compiled one lets nobody replace its methods."""
 
-        self.patch(far.transport._inbox, "add", fail)
+            def __bool__(self) -> bool:
+                return False
+
+            def add(self, _: object) -> None:
+                raise MemoryError("once")
+
+            def clear(self) -> None:
+                pass
+
+        self.patch(far.transport, "_inbox", NoRoom())
         near.say(stamped(1, 100), finish=False)
         hosts.run(1.0)
         self.assertEqual(len(self.flushLoggedErrors(MemoryError)), 1)
