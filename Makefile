@@ -87,13 +87,23 @@ demo-libvirt:
 	scripts/bootstrap demo $(VENV)
 	$(BIN)/python -m relaymux.libvirt_demo
 
+# Python as it runs where `pip install .` installed relaymux: compiled if that is possible.
+define python-as-installed
+	@VENV=$(VENV) scripts/compiled-copy $(COMPILED) && status=0 || status=$$?; \
+	case $$status in \
+	0) $(IN_COMPILED) $(1) ;; \
+	3) $(BIN)/python $(1) ;; \
+	*) exit $$status ;; \
+	esac
+endef
+
 # The last row, whole migrations between two libvirt hosts, wants root and says so.
 bench: bench-tools libvirt
-	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.libvirt
+	$(call python-as-installed,-m benchmarks)
+	$(call python-as-installed,-m benchmarks.libvirt)
 
 bench-quick: bench-tools
-	$(BIN)/python -m benchmarks --quick
+	$(call python-as-installed,-m benchmarks --quick)
 
 # What relaymux is compared with.  The benchmark says what it could not measure without.
 bench-tools: venv

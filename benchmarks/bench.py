@@ -31,6 +31,7 @@ from benchmarks.contenders import CONTENDERS, DEFAULT_TOOLS, LINKS, Plan
 from benchmarks.processes import BenchmarkError, Unavailable
 from benchmarks.results import Metric, Result, Target, judge
 from benchmarks.table import results_table, verdicts_table
+from relaymux.net.compiled import describe_compiled
 
 __all__ = ["ROWS", "Row", "main"]
 
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "load": load,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        "compiled": describe_compiled(),
     }
     for name in rows:
         own = [result for result in results if result.row == name]
@@ -176,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(note, markup=False)
     console.print(
         f"{machine['processors']} processors, load average {load:.1f} before the start, {machine['system']}, "
-        f"{time.monotonic() - began:.0f} s in all; medians (lowest-highest) of the rounds"
+        f"{time.monotonic() - began:.0f} s in all; medians (lowest-highest) of the rounds; "
+        f"of relaymux compiled: {machine['compiled']}"
     )
     if given.json:
         result = {
