@@ -139,7 +139,7 @@ def main() -> None:
                 sys.exit(f"error: relaymux cannot be compiled, which RELAYMUX_COMPILE=1 demands: {why}")
             print(
                 "warning: relaymux is built without its compiled parts.  It works all the same, and costs"
-                f" more CPU per byte.\n  Why: {why}\n  Then build relaymux again;"
+                f" more CPU per byte.\n  Why: {why}.\n  Build it again when that is mended;"
                 " RELAYMUX_COMPILE=0 leaves them out without this warning.",
                 file=sys.stderr,
             )
