@@ -44,6 +44,9 @@ CORE = (
 
 NATIVE = "relaymux.net._native"
 
+#: Has mypyc in it.  pyproject.toml does not ask for it, since RELAYMUX_COMPILE=0 has to do without.
+MYPY = "mypy>=2.4"
+
 #: The commands that compile when one of them is what setup.py was started for.  The others must not, although
 #: they look at extensions, too: editable_wheel, and those that only ask for metadata.
 _COMPILING = {"bdist_wheel", "build", "build_ext", "install"}
@@ -144,7 +147,18 @@ def main() -> None:
                 file=sys.stderr,
             )
     # All of it in Python, whatever came of the above: compiled modules do not work by halves.
-    setup()
+    setup(setup_requires=_wanted_to_build(wanted))
+
+
+def _wanted_to_build(wanted: str) -> list[str]:
+    """@return: what pip has to provide for the build that it asks about, which it does with C{egg_info}."""
+    if wanted == "0" or "egg_info" not in sys.argv:
+        return []
+    try:
+        check_compiler()
+    except CannotCompile:
+        return []
+    return [MYPY]
 
 
 if __name__ == "__main__":
