@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from relaymux.net.buffers import END_OF_INPUT, BufferPool, PythonBufferPool, pool_for
+from relaymux.net.buffers import BUFFER_SIZE, END_OF_INPUT, BufferPool, PythonBufferPool, pool_for
 from relaymux.net.compiled import native
 
 
@@ -314,3 +314,5 @@ class PoolForTests(SynchronousTestCase):
         one, other = Reactor(), Reactor()
         self.assertIs(pool_for(one), pool_for(one))
         self.assertIsNot(pool_for(one), pool_for(other))
+        self.assertIs(pool_for(one, 1000), pool_for(one, 1000))
+        self.assertEqual((pool_for(one, 1000).size, pool_for(one).size), (1000, BUFFER_SIZE))

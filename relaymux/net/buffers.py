@@ -190,12 +190,13 @@ else:
     BufferPool = native.BufferPool
 
 
-_pools: WeakKeyDictionary[object, BufferPool] = WeakKeyDictionary()
+_pools: WeakKeyDictionary[object, dict[int, BufferPool]] = WeakKeyDictionary()
 
 
-def pool_for(reactor: object) -> BufferPool:
-    """The pool that all readers of C{reactor} share."""
-    pool = _pools.get(reactor)
+def pool_for(reactor: object, size: int = BUFFER_SIZE) -> BufferPool:
+    """@return: the pool with buffers of C{size} bytes that all readers of C{reactor} share."""
+    pools = _pools.setdefault(reactor, {})
+    pool = pools.get(size)
     if pool is None:
-        pool = _pools[reactor] = BufferPool()
+        pool = pools[size] = BufferPool(size)
     return pool

@@ -36,7 +36,7 @@ class _Client:
     def __init__(self, reactor: Any, factory: IProtocolFactory, identity: TLSIdentity) -> None:
         self._reactor = reactor
         self._factory = factory
-        self._pool = BufferPool(CIPHER_BUFFER_SIZE)
+        self._pool = pool_for(reactor, CIPHER_BUFFER_SIZE)
         self._tls = TLSTransport(reactor, identity, pool_for(reactor), self._pool, self, is_server=False)
         self._result: Deferred[IProtocol] = Deferred(self._cancel)
 
@@ -196,6 +196,6 @@ def listen_tls(
     @raise TransportError: the address cannot be listened on.
     """
     sock = bind_tcp(host, port)
-    pool = BufferPool(CIPHER_BUFFER_SIZE)
+    pool = pool_for(reactor, CIPHER_BUFFER_SIZE)
     server = _Server(reactor, factory, identity, pool)
     return listen_on(reactor, sock, server, pool, tune_link, flush_seconds)

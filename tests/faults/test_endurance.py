@@ -17,10 +17,9 @@ SETTLED = 0.26
 #: the first one, most of it from the first 100.
 WARM_UP = 200
 
-#: Bytes that garbage, which Python collects when it likes, may take.  They come in steps of
-#: a megabyte or four, with hundreds of resumes in between that take nothing.  The least leak,
-#: of a connection's TLS state, would be five times as much.
-MARGIN = 8 * MIB
+#: Bytes that garbage, which Python collects when it likes, may take.  The least leak,
+#: of a connection's TLS state, would be ten times as much.
+MARGIN = 4 * MIB
 
 
 class ResumeTests(FaultTestCase):
