@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -278,6 +279,33 @@ class NativeBufferPoolTests(PoolTests, SynchronousTestCase):
         use()
         gc.collect()
         self.assertLess(sys.getallocatedblocks() - before, 100)
+
+    def test_garbage_collected_within(self: Any) -> None:
+        """A finaliser that garbage collection runs within a call does not get what is being filled."""
+        pool = self.make(100)
+        reader, writer = self.pair()
+
+        class Reading:
+            def __init__(self) -> None:
+                self.itself = self
+
+            def __del__(self) -> None:
+                with contextlib.suppress(RuntimeError):
+                    pool.room(100)
+
+        self.addCleanup(gc.set_threshold, *gc.get_threshold())
+        self.addCleanup(gc.enable)
+        for threshold in range(1, 8):
+            for _ in range(20):
+                gc.disable()
+                gc.collect()
+                Reading()
+                writer.sendall(b"x" * 10)
+                gc.set_threshold(threshold)
+                gc.enable()
+                views = pool.gather(reader, 100, 10, 1)[0]
+                self.assertEqual(list(map(bytes, views)), [b"x" * 10])
+                del views
 
     def test_nonsense(self: Any) -> None:
         """Wrong calls are refused, and harm nothing."""

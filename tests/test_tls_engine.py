@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import unittest
 from collections.abc import Iterator
 from itertools import product
 
@@ -206,6 +207,34 @@ class EngineTests(SynchronousTestCase):
             use()
             gc.collect()
             self.assertLess(sys.getallocatedblocks() - before, 40, kind)
+
+    @unittest.skipIf(native is None, "not compiled here: make test-compiled")
+    def test_pool_in_use(self) -> None:
+        """Who is asked for more records cannot use the pool that they are decrypted into."""
+        wire = Wire(NativeEngine, NativeEngine)
+        server = wire.server
+        assert isinstance(server, NativeEngine)
+        (view,) = wire.client.encrypt([b"good"])
+        server.feed(memoryview(bytes(view)))
+
+        def has_read() -> bool:
+            for call in (
+                lambda: wire.pool.room(CIPHER_BUFFER_SIZE),
+                lambda: wire.pool.take(0),
+                lambda: server.read(wire.pool),
+                lambda: server.encrypt([b"more"]),
+            ):
+                self.assertRaises(RuntimeError, call)
+            return server._has_read()
+
+        views, result = server._records.read(wire.pool, has_read)
+        self.assertEqual((b"".join(views), result), (b"good", 1))
+        # It can be used again, also after a call that failed.
+        server.feed(memoryview(b"".join(wire.client.encrypt([b"lost"]))))
+        self.assertRaises(ZeroDivisionError, server._records.read, wire.pool, lambda: 1 / 0)
+        self.assertRaises(TypeError, server._records.write, wire.pool, [None])
+        server.feed(memoryview(b"".join(wire.client.encrypt([b"again"]))))
+        self.assertEqual(wire.read_views(wire.server), b"again")
 
     def test_garbage_collector(self) -> None:
         """

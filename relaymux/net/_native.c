@@ -49,6 +49,7 @@ typedef struct {
     Store *store;
     Lent *current; /* NULL before the first, and when there was no memory for another */
     Py_ssize_t filled;
+    int in_use; /* by a call that has not returned */
 } Pool;
 
 static PyTypeObject LentType, PoolType;
@@ -108,6 +109,27 @@ static Lent *lend(Store *store)
     store->owners++;
     store->lent++;
     return lent;
+}
+
+/*
+ * Calls of a pool are not nested: whatever else runs meanwhile (a finaliser, as making an
+ * object may collect garbage; who is asked for more records; a signal's handler) would
+ * take away the buffer that is being filled.
+ */
+static int begin_use(Pool *pool)
+{
+    if (pool->in_use) {
+        PyErr_SetString(PyExc_RuntimeError, "the pool is in use by a call that has not returned");
+        return -1;
+    }
+    pool->in_use = 1;
+    return 0;
+}
+
+static PyObject *end_use(Pool *pool, PyObject *result)
+{
+    pool->in_use = 0;
+    return result;
 }
 
 /* A view of a part, whose `obj` is the whole buffer, as for a slice of a view. */
@@ -210,9 +232,10 @@ static PyObject *pool_room(Pool *pool, PyObject *args)
     Py_ssize_t minimum = 1, length;
     if (!PyArg_ParseTuple(args, "|n:room", &minimum) || check_minimum(pool, minimum))
         return NULL;
-    if (!room_in(pool, minimum, &length))
+    if (begin_use(pool))
         return NULL;
-    return view_of(pool->current, pool->filled, length, 0);
+    char *room = room_in(pool, minimum, &length);
+    return end_use(pool, room ? view_of(pool->current, pool->filled, length, 0) : NULL);
 }
 
 static PyObject *pool_take(Pool *pool, PyObject *argument)
@@ -224,7 +247,7 @@ static PyObject *pool_take(Pool *pool, PyObject *argument)
         PyErr_SetString(PyExc_ValueError, "more bytes than there was room for");
         return NULL;
     }
-    return take_from(pool, count);
+    return begin_use(pool) ? NULL : end_use(pool, take_from(pool, count));
 }
 
 static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs)
@@ -241,8 +264,10 @@ static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs
     if (PyErr_Occurred() || check_minimum(pool, minimum))
         return NULL;
     PyObject *views = PyList_New(0);
-    if (!views)
+    if (!views || begin_use(pool)) {
+        Py_XDECREF(views);
         return NULL;
+    }
     char *room = NULL;
     Py_ssize_t length = 0, filled = 0, total = 0;
     int ended = 0;
@@ -278,10 +303,10 @@ static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs
     }
     if (take_into(pool, filled, views))
         goto fail;
-    return Py_BuildValue("(Nni)", views, total, ended);
+    return end_use(pool, Py_BuildValue("(Nni)", views, total, ended));
 fail:
     Py_DECREF(views);
-    return NULL;
+    return end_use(pool, NULL);
 }
 
 static PyObject *pool_size(Pool *pool, void *closure)
@@ -391,8 +416,10 @@ static PyObject *records_read(Records *records, PyObject *const *args, Py_ssize_
 {
     Pool *pool = pool_argument(args, nargs);
     PyObject *views = pool ? PyList_New(0) : NULL;
-    if (!views)
+    if (!views || begin_use(pool)) {
+        Py_XDECREF(views);
         return NULL;
+    }
     char *room = NULL;
     Py_ssize_t length = 0, filled = 0;
     int result;
@@ -411,7 +438,7 @@ static PyObject *records_read(Records *records, PyObject *const *args, Py_ssize_
         }
         if (records->get_error(records->ssl, result) != records->want_read)
             break;
-        /* It has read all it was given.  What is called must not use the pool. */
+        /* It has read all it was given. */
         PyObject *answer = PyObject_CallNoArgs(args[1]);
         int has_more = answer ? PyObject_IsTrue(answer) : -1;
         Py_XDECREF(answer);
@@ -424,10 +451,10 @@ static PyObject *records_read(Records *records, PyObject *const *args, Py_ssize_
     }
     if (take_into(pool, filled, views))
         goto fail;
-    return Py_BuildValue("(Ni)", views, result);
+    return end_use(pool, Py_BuildValue("(Ni)", views, result));
 fail:
     Py_DECREF(views);
-    return NULL;
+    return end_use(pool, NULL);
 }
 
 /* Encrypt what was put aside as small.  Returns what SSL_write said; 1 if there is nothing. */
@@ -475,8 +502,11 @@ static PyObject *records_write(Records *records, PyObject *const *args, Py_ssize
         return NULL;
     PyObject *pieces = PySequence_Fast(args[1], "buffers wanted");
     PyObject *views = pieces ? PyList_New(0) : NULL;
-    if (!views)
-        goto fail;
+    if (!views || begin_use(pool)) {
+        Py_XDECREF(pieces);
+        Py_XDECREF(views);
+        return NULL;
+    }
     int result = 1;
     records->small_filled = 0;
     for (Py_ssize_t i = 0; result > 0 && i < PySequence_Fast_GET_SIZE(pieces); i++) {
@@ -502,11 +532,11 @@ static PyObject *records_write(Records *records, PyObject *const *args, Py_ssize
             break;
     }
     Py_DECREF(pieces);
-    return Py_BuildValue("(Ni)", views, result);
+    return end_use(pool, Py_BuildValue("(Ni)", views, result));
 fail:
-    Py_XDECREF(pieces);
-    Py_XDECREF(views);
-    return NULL;
+    Py_DECREF(pieces);
+    Py_DECREF(views);
+    return end_use(pool, NULL);
 }
 
 static PyMethodDef records_methods[] = {

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from socket import socket
 
 class BufferPool:
-    """As L{relaymux.net.buffers.PythonBufferPool}."""
+    """
+    As L{relaymux.net.buffers.PythonBufferPool}.  What runs within a call that has it, such as a
+    finaliser, cannot use it: C{RuntimeError}.
+    """
 
     def __init__(self, size: int = ..., idle: int = ...) -> None:
         """
