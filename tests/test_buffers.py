@@ -184,6 +184,12 @@ class PoolTests(_Base):
         writer.close()
         self.assertEqual(self.make(100).gather(reader, 1000, 50, 1), ([], 0, errno.ECONNRESET))
 
+    def test_gather_closed(self) -> None:
+        """A socket that was closed meanwhile is an error as any other."""
+        reader, _ = self.pair()
+        reader.close()
+        self.assertEqual(self.make(100).gather(reader, 1000, 50, 1), ([], 0, errno.EBADF))
+
     def test_gather_no_more_than_wanted(self) -> None:
         """The limit holds, and what is left is there the next time."""
         reader, writer = self.pair()

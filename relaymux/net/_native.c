@@ -257,8 +257,12 @@ static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs
         return NULL;
     }
     int fd = PyObject_AsFileDescriptor(args[0]);
-    if (fd < 0)
-        return NULL;
+    if (fd < 0) {
+        if (!PyErr_ExceptionMatches(PyExc_ValueError))
+            return NULL;
+        PyErr_Clear(); /* it is closed */
+        return Py_BuildValue("([]ii)", 0, EBADF);
+    }
     Py_ssize_t left = PyLong_AsSsize_t(args[1]), minimum = PyLong_AsSsize_t(args[2]);
     Py_ssize_t again = PyLong_AsSsize_t(args[3]);
     if (PyErr_Occurred() || check_minimum(pool, minimum))
