@@ -14,6 +14,7 @@ import time
 import unittest
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -258,6 +259,22 @@ class PythonBufferPoolTests(PoolTests, SynchronousTestCase):
         views = [fill(pool, bytes([n]) * 80, 80) for n in range(50)]
         self.assertEqual([bytes(view) for view in views], [bytes([n]) * 80 for n in range(50)])
         self.assertEqual(pool.held_bytes, 500)
+
+    def test_no_memory(self) -> None:
+        """Once there was no memory for another buffer, none is lent to two, and room is room."""
+        pool = PythonBufferPool(100)
+        views = [fill(pool, b"a" * 80, 80)]
+        with patch.object(pool, "_new", side_effect=MemoryError):
+            for minimum in (80, 80, 1):
+                self.assertRaises(MemoryError, pool.room, minimum)
+        views.append(fill(pool, b"b" * 80, 80))
+        views.append(fill(pool, b"c" * 80, 80))
+        del views[0]
+        for content in (b"d", b"e", b"f"):
+            views.append(fill(pool, content * 80, 80))
+        self.assertEqual(
+            [bytes(view) for view in views], [content * 80 for content in (b"b", b"c", b"d", b"e", b"f")]
+        )
 
 
 @unittest.skipIf(native is None, "not compiled here: make test-compiled")

@@ -78,6 +78,7 @@ class PythonBufferPool:
         self._lent: deque[bytearray] = deque(maxlen=kept)
         self._returned: deque[bytearray] = deque(maxlen=IDLE_BUFFERS)
         self._filled = 0
+        self._current: bytearray | None = None
         self._use(self._new())
 
     @property
@@ -95,7 +96,10 @@ class PythonBufferPool:
         if self.size - self._filled < minimum:
             # Without our own views the one just filled may already be free.
             self._writable = self._readable = _NOTHING
-            self._lent.append(self._current)
+            if self._current is not None:
+                self._lent.append(self._current)
+                # Until there is another one, should there be no memory for it.
+                self._current, self._filled = None, self.size
             self._use(self._find())
         elif not self._filled:
             return self._writable
