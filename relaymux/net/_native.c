@@ -504,7 +504,7 @@ static PyObject *records_write(Records *records, PyObject *const *args, Py_ssize
     Pool *pool = pool_argument(args, nargs);
     if (!pool)
         return NULL;
-    PyObject *pieces = PySequence_Fast(args[1], "buffers wanted");
+    PyObject *pieces = PySequence_Tuple(args[1]);
     PyObject *views = pieces ? PyList_New(0) : NULL;
     if (!views || begin_use(pool)) {
         Py_XDECREF(pieces);
@@ -513,9 +513,9 @@ static PyObject *records_write(Records *records, PyObject *const *args, Py_ssize
     }
     int result = 1;
     records->small_filled = 0;
-    for (Py_ssize_t i = 0; result > 0 && i < PySequence_Fast_GET_SIZE(pieces); i++) {
+    for (Py_ssize_t i = 0; result > 0 && i < PyTuple_GET_SIZE(pieces); i++) {
         Py_buffer data;
-        if (PyObject_GetBuffer(PySequence_Fast_GET_ITEM(pieces, i), &data, PyBUF_SIMPLE))
+        if (PyObject_GetBuffer(PyTuple_GET_ITEM(pieces, i), &data, PyBUF_SIMPLE))
             goto fail;
         result = write_piece(records, data.buf, data.len);
         PyBuffer_Release(&data);

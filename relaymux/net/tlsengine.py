@@ -56,6 +56,13 @@ _BINDINGS = (
     "SSL_set_bio",
     "SSL_write",
 )
+#: What L{native} calls by address, so that nobody else would notice if it were different.
+_PROTOTYPES = {
+    "SSL_read": "int(*)(SSL *, void *, int)",
+    "SSL_write": "int(*)(SSL *, void *, int)",
+    "SSL_get_error": "int(*)(SSL *, int)",
+    "BIO_read": "int(*)(BIO *, void *, int)",
+}
 _ATTRIBUTES = ("_ssl", "_into_ssl", "_from_ssl", "_raise_ssl_error")
 
 
@@ -351,10 +358,11 @@ def _find_functions() -> tuple[int, ...] | None:
     try:
         from cryptography.hazmat.bindings._rust import _openssl
 
-        names = ("SSL_read", "SSL_write", "SSL_get_error", "BIO_read")
-        return tuple(_address(_openssl.ffi.addressof(_openssl.lib, name)) for name in names)
+        functions = [_openssl.ffi.addressof(_openssl.lib, name) for name in _PROTOTYPES]
+        types = [_openssl.ffi.typeof(function).cname for function in functions]
     except (ImportError, AttributeError, TypeError):
         return None
+    return tuple(map(_address, functions)) if types == list(_PROTOTYPES.values()) else None
 
 
 _lib: Any = getattr(SSL, "_lib", None)
