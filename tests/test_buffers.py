@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import os
 import random
 import socket
 import struct
@@ -13,6 +14,7 @@ import sys
 import time
 import unittest
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -282,6 +284,21 @@ class NativeBufferPoolTests(PoolTests, SynchronousTestCase):
     """The compiled pool."""
 
     make = BufferPool
+
+    def test_gives_back_to_the_system(self: Any) -> None:
+        """After a burst the process is as small as before, apart from what the pool keeps."""
+        if "libasan" in os.environ.get("LD_PRELOAD", ""):
+            raise unittest.SkipTest("AddressSanitizer keeps what was freed")
+
+        def resident() -> int:
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        pool = BufferPool()
+        before = resident()
+        views = [fill(pool, bytes(pool.size), pool.size) for _ in range(256)]
+        self.assertGreater(resident() - before, 60 * 2**20)
+        views.clear()
+        self.assertLess(resident() - before, 12 * 2**20)
 
     def test_nothing_is_left(self: Any) -> None:
         """Reading again and again leaves no objects behind, nor do calls that fail."""

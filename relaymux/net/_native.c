@@ -16,6 +16,7 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 
 /* ---- Memory ----------------------------------------------------------------------- */
@@ -54,6 +55,29 @@ typedef struct {
 
 static PyTypeObject LentType, PoolType;
 
+/*
+ * Memory straight from the kernel: the allocator would keep what a burst needed, as its
+ * threshold for doing the same rises with the first buffer that is freed.
+ */
+static char *buffer_new(Py_ssize_t size)
+{
+#ifdef __SANITIZE_ADDRESS__
+    return malloc(size); /* whose ends are watched */
+#else
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+#endif
+}
+
+static void buffer_free(char *memory, Py_ssize_t size)
+{
+#ifdef __SANITIZE_ADDRESS__
+    free(memory);
+#else
+    munmap(memory, size);
+#endif
+}
+
 static void store_disown(Store *store)
 {
     if (!--store->owners)
@@ -67,7 +91,7 @@ static void lent_dealloc(Lent *lent)
     if (store->has_pool && store->idle < store->most_idle)
         store->free[store->idle++] = lent->memory;
     else
-        free(lent->memory);
+        buffer_free(lent->memory, store->size);
     store_disown(store);
     PyObject_Free(lent);
 }
@@ -91,14 +115,14 @@ static PyTypeObject LentType = {
 
 static Lent *lend(Store *store)
 {
-    char *memory = store->idle ? store->free[--store->idle] : malloc(store->size);
+    char *memory = store->idle ? store->free[--store->idle] : buffer_new(store->size);
     if (!memory) {
         PyErr_NoMemory();
         return NULL;
     }
     Lent *lent = PyObject_New(Lent, &LentType);
     if (!lent) {
-        free(memory);
+        buffer_free(memory, store->size);
         return NULL;
     }
     lent->store = store;
@@ -214,7 +238,7 @@ static void pool_dealloc(Pool *pool)
     Py_CLEAR(pool->current);
     store->has_pool = 0;
     while (store->idle)
-        free(store->free[--store->idle]);
+        buffer_free(store->free[--store->idle], store->size);
     store_disown(store);
     Py_TYPE(pool)->tp_free(pool);
 }
