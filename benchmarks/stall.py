@@ -12,8 +12,9 @@ from benchmarks.processes import BenchmarkError
 from benchmarks.relays import Relays
 from benchmarks.results import OURS, Metric, Result, Target
 from benchmarks.streams import Stream, combine
+from relaymux.core.budget import link_beginning, stream_beginning
 
-__all__ = ["ALLOWANCE", "ALONE", "BESIDE", "BOUND", "METRICS", "MIB", "TARGETS", "measure", "run"]
+__all__ = ["ALLOWANCE", "ALONE", "BESIDE", "BOUND", "METRICS", "MIB", "OPTIONS", "TARGETS", "measure", "run"]
 
 MIB = 1024 * 1024
 
@@ -28,7 +29,13 @@ STREAMS = 4
 
 #: The budget of each daemon: what these take at the least, with what they are charged
 #: beside (decision 0015), so that neither grows.
-MEMORY = STREAMS * (WINDOW + MIB // 4) + REPLAY + 5 * MIB // 4
+MEMORY = STREAMS * stream_beginning(WINDOW) + link_beginning(REPLAY)
+
+#: How relaymux is configured.
+OPTIONS: Mapping[str, Mapping[str, object]] = {
+    "link_options": {"window": f"{WINDOW // MIB}M", "replay-buffer": f"{REPLAY // MIB}M"},
+    "relay_options": {"memory": f"{MEMORY // 1024}K"},
+}
 
 #: Bytes by which both of relaymux's daemons may grow.
 BOUND = STREAMS * WINDOW + REPLAY + ALLOWANCE
@@ -91,9 +98,7 @@ def measure(relays: Relays, seconds: float, stalled: bool) -> Mapping[str, float
 
 def run(plan: Plan) -> list[Result]:
     """Measure all contenders."""
-    sizes = {"window": f"{WINDOW // MIB}M", "replay-buffer": f"{REPLAY // MIB}M"}
-    options = {"link_options": sizes, "relay_options": {"memory": f"{MEMORY // 1024}K"}}
-    with started(plan, STREAMS, {OURS: options}) as found:
+    with started(plan, STREAMS, {OURS: OPTIONS}) as found:
         order = [
             # Both cases of one contender side by side, since they are compared with each other.
             Turn(case, link, tool, partial(measure, relays, plan.seconds, case == BESIDE))

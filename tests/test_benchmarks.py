@@ -246,7 +246,14 @@ class RowTests(BenchmarkCase):
 
     def test_stall(self) -> None:
         """A reader that stalls for a moment ends with all its bytes, and memory was looked at meanwhile."""
-        with relaymux(self.directory, "tcp", 2) as relays:
+        options = stall.OPTIONS
+        with relaymux(
+            self.directory,
+            "tcp",
+            stall.STREAMS,
+            link_options=options["link_options"],
+            relay_options=options["relay_options"],
+        ) as relays:
             values = stall.measure(relays, 0.3, stalled=True)
         self.assertGreater(values["rate"], 0)
         self.assertGreater(values["growth"], 0)
