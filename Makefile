@@ -39,6 +39,15 @@ COMPILED_TESTS = $(sort $(wildcard tests/test_core*.py tests/test_properties*.py
 # The path is for the programs that tests start: the virtualenv leads them to the checkout.
 IN_COMPILED = cd $(COMPILED) && PYTHONPATH=$(abspath $(COMPILED)) $(abspath $(BIN))/python
 
+# A command for a copy that is compiled, and another one for where nothing can be.
+define if-compiled
+	@VENV=$(VENV) scripts/compiled-copy $(COMPILED) && status=0 || status=$$?; \
+	case $$status in 0) $(1) ;; 3) $(2) ;; *) exit $$status ;; esac
+endef
+
+# Python as it runs where `pip install .` installed relaymux.
+as-installed = $(call if-compiled,$(IN_COMPILED) $(1),$(BIN)/python $(1))
+
 # What `make bench` compares relaymux with, and measures with.
 PEERS = openssh-client openssh-server stunnel4 haproxy socat nbdkit libnbd-bin qemu-utils
 
@@ -47,12 +56,7 @@ PEERS = openssh-client openssh-server stunnel4 haproxy socat nbdkit libnbd-bin q
 test: lint qemu libvirt
 	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp $(QUICK)
 	$(BIN)/python -m pytest $(TESTS)
-	@VENV=$(VENV) scripts/compiled-copy $(COMPILED) && status=0 || status=$$?; \
-	case $$status in \
-	0) $(MAKE) test-compiled ;; \
-	3) echo "make test: the compiled variant was not tested, as there is no C compiler for it" ;; \
-	*) exit $$status ;; \
-	esac
+	$(call if-compiled,$(MAKE) test-compiled,echo "make test: without a C compiler the compiled variant was not tested")
 
 test-compiled: venv
 	VENV=$(VENV) scripts/compiled-copy $(COMPILED)
@@ -87,23 +91,13 @@ demo-libvirt:
 	scripts/bootstrap demo $(VENV)
 	$(BIN)/python -m relaymux.libvirt_demo
 
-# Python as it runs where `pip install .` installed relaymux: compiled if that is possible.
-define python-as-installed
-	@VENV=$(VENV) scripts/compiled-copy $(COMPILED) && status=0 || status=$$?; \
-	case $$status in \
-	0) $(IN_COMPILED) $(1) ;; \
-	3) $(BIN)/python $(1) ;; \
-	*) exit $$status ;; \
-	esac
-endef
-
 # The last row, whole migrations between two libvirt hosts, wants root and says so.
 bench: bench-tools libvirt
-	$(call python-as-installed,-m benchmarks)
-	$(call python-as-installed,-m benchmarks.libvirt)
+	$(call as-installed,-m benchmarks)
+	$(call as-installed,-m benchmarks.libvirt)
 
 bench-quick: bench-tools
-	$(call python-as-installed,-m benchmarks --quick)
+	$(call as-installed,-m benchmarks --quick)
 
 # What relaymux is compared with.  The benchmark says what it could not measure without.
 bench-tools: venv

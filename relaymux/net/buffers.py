@@ -10,7 +10,8 @@ Nobody tells the pool that a view is no longer needed: views are sliced, queued
 and kept for resending in places that know nothing of pools, and one forgotten
 release would be a leak, one too many would be corrupted data.  Instead the
 pool asks the buffer.  A C{bytearray} refuses to change its size while any view
-of it exists, so C{pop} fails exactly as long as the buffer is lent.
+of it exists, so C{pop} fails exactly as long as the buffer is lent.  (The compiled
+pool need not ask: its buffers come back when the last view of them goes.)
 """
 
 from __future__ import annotations

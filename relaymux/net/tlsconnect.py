@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 
 from relaymux.errors import TransportError
 from relaymux.net.addresses import describe
-from relaymux.net.buffers import BufferPool, pool_for
+from relaymux.net.buffers import pool_for
 from relaymux.net.connect import connect_tcp
 from relaymux.net.families import tune_link
 from relaymux.net.listen import bind_tcp, listen_on
@@ -93,13 +93,11 @@ class _Server(Factory):
 
     _log = Logger()
 
-    def __init__(
-        self, reactor: Any, factory: IProtocolFactory, identity: TLSIdentity, pool: BufferPool
-    ) -> None:
+    def __init__(self, reactor: Any, factory: IProtocolFactory, identity: TLSIdentity) -> None:
         self._reactor = reactor
         self._factory = factory
         self._identity = identity
-        self._pool = pool
+        self._pool = pool_for(reactor, CIPHER_BUFFER_SIZE)
         self._quiet = QuietLog(self._log, reactor.seconds)
         self._sources: Counter[str] = Counter()
 
@@ -196,6 +194,5 @@ def listen_tls(
     @raise TransportError: the address cannot be listened on.
     """
     sock = bind_tcp(host, port)
-    pool = pool_for(reactor, CIPHER_BUFFER_SIZE)
-    server = _Server(reactor, factory, identity, pool)
-    return listen_on(reactor, sock, server, pool, tune_link, flush_seconds)
+    server = _Server(reactor, factory, identity)
+    return listen_on(reactor, sock, server, pool_for(reactor, CIPHER_BUFFER_SIZE), tune_link, flush_seconds)

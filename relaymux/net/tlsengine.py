@@ -261,14 +261,22 @@ class FastEngine(Engine):
                     break
                 elif not self._has_read():
                     return count
+        self._input_over(got, told=not count)
+        return count
+
+    def _input_over(self, result: int, *, told: bool) -> None:
+        """
+        Reading found the end, or an error.  To be asked at once: OpenSSL's errors wait in a
+        queue that all connections share.
+
+        @param told: whether to raise it now, since no bytes come before it.
+        """
         try:
-            # Asked at once: OpenSSL's errors wait in a queue that all connections share.
-            self._raise(ssl, got)
+            self._raise(self._ssl, result)
         except SSL.Error as error:
             self.error = error
-            if not count:
+            if told:
                 raise
-        return count
 
     def _encrypt(self, data: Buffer) -> None:
         if not data:
@@ -310,12 +318,7 @@ class NativeEngine(FastEngine):
         views: list[memoryview]
         views, result = self._records.read(pool, self._has_read)
         if result <= 0:
-            try:
-                self._raise(self._ssl, result)
-            except SSL.Error as error:
-                self.error = error
-                if not views:
-                    raise
+            self._input_over(result, told=not views)
         return views
 
     def encrypt(self, buffers: Sequence[Buffer]) -> list[memoryview]:
