@@ -17,13 +17,12 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, IProtocol, IStre
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
-from zope.interface import alsoProvides, implementer
+from zope.interface import implementer
 
 from relaymux.core.budget import Budget
 from relaymux.core.handshake import Limits
 from relaymux.core.session import Session
 from relaymux.errors import StreamReset
-from relaymux.interfaces import IExportingTransport
 from relaymux.net.dialer import Dialer, LinkFactory
 from relaymux.net.held import HeldSession
 from relaymux.net.link import LinkProtocol
@@ -190,9 +189,6 @@ class Hosts:
         server = LinkFactory(self.b.peer).buildProtocol(None)
         assert client is not None and server is not None
         number = len(self.wires)
-        if self.exporting:
-            for protocol in (client, server):
-                _export(protocol, number)
         wire = Wire(
             client,
             server,
@@ -201,6 +197,7 @@ class Hosts:
             capacity=self.capacity,
             buffers=self.buffers,
             identities=self.identities,
+            exporter=_exporter(number) if self.exporting else None,
         )
         self.wires.append(wire)
         if self.plan:
@@ -242,20 +239,14 @@ class Hosts:
             self.dialer.stop()
 
 
-def _export(protocol: LinkProtocol, number: int) -> None:
-    """Have the transport of C{protocol} know something that only connection C{number} knows."""
-    original = protocol.makeConnection
+def _exporter(number: int) -> Callable[[str, int], bytes]:
+    """@return: what gives out something that only connection C{number} knows."""
 
-    def made(transport: Any) -> None:
-        def exporter(label: str, length: int) -> bytes:
-            assert label == "EXPERIMENTAL-relaymux-resume"
-            return f"connection {number}".encode().ljust(length, b"x")
+    def exporter(label: str, length: int) -> bytes:
+        assert label == "EXPERIMENTAL-relaymux-resume"
+        return f"connection {number}".encode().ljust(length, b"x")
 
-        transport.exporter = exporter
-        alsoProvides(transport, IExportingTransport)
-        original(transport)
-
-    protocol.makeConnection = made  # type: ignore[method-assign]
+    return exporter
 
 
 @implementer(IHalfCloseableProtocol)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -25,12 +25,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from twisted.internet.defer import Deferred
+from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.core.replay import HEAD_ROOM
 from relaymux.core.stream import SendState
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
-from relaymux.net.held import HeldSession
 from relaymux.net.keeper import ACCEPTOR_GRACE
 from relaymux.net.link import LinkProtocol
 from relaymux.net.stream import StreamTransport
@@ -154,8 +154,8 @@ class Daemons(RuleBasedStateMachine):
         self.written = 0
         self.seen: dict[int, tuple[object, int, int]] = {}
         self.ended: list[tuple[str, int, str]] = []
-        for side in (0, 1):
-            self.watch(side)
+        self.observer = cast(Any, self.watch)
+        globalLogPublisher.addObserver(self.observer)
         self.connect()
         self.settle()
 
@@ -178,16 +178,10 @@ class Daemons(RuleBasedStateMachine):
                 return
         raise AssertionError("does not come to rest")
 
-    def watch(self, side: int) -> None:
-        """Note why sessions of a host end."""
-        host = self.host(side)
-        original = host.peer._end_session
-
-        def end_session(held: HeldSession, code: int, text: str) -> None:
-            self.ended.append((host.name, code, text))
-            original(held, code, text)
-
-        host.peer._end_session = end_session  # type: ignore[method-assign]
+    def watch(self, event: LogEvent) -> None:
+        """Note why sessions end."""
+        if "session over" in event.get("log_format", ""):
+            self.ended.append((event["peer"], event["code"], event["text"]))
 
     def forget_old_wires(self) -> None:
         self.wires[:] = [wire for wire in self.wires if wire.client.connected or wire.server.connected]
@@ -284,7 +278,6 @@ class Daemons(RuleBasedStateMachine):
             if self.belongs(call, host):
                 call.cancel()
         host.restart()
-        self.watch(side)
 
     @staticmethod
     def belongs(call: Any, host: Host) -> bool:
@@ -518,6 +511,7 @@ class Daemons(RuleBasedStateMachine):
         """Whatever happened: with a link, and everybody listening, everything comes to its end."""
         if not self.begun():
             return
+        globalLogPublisher.removeObserver(self.observer)
         for wire in self.wires:
             wire.cut()
         self.settle()

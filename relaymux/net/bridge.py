@@ -21,14 +21,14 @@ them for the local socket.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 from typing import Protocol as Contract
-from typing import cast
 
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
-from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.interfaces import IHalfCloseableProtocol, IProtocol, IPushProducer
+from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from relaymux.errors import ErrorCode, SessionLost
 from relaymux.interfaces import IBufferReceiver
@@ -50,8 +50,7 @@ class Watcher(Contract):
         """The program at the other end has sent C{buffers}."""
 
 
-@implementer(IBufferReceiver, IHalfCloseableProtocol, IPushProducer)
-class LocalEnd(Protocol):
+class LocalEnd:
     """
     The protocol of the local socket.  Until L{Bridge.join} it reads nothing:
     what is unread when the stream cannot be had stays unread, and the local
@@ -63,9 +62,16 @@ class LocalEnd(Protocol):
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
 
+    def makeConnection(self, transport: Any) -> None:
+        self.transport = transport
+        self.connectionMade()
+
     def connectionMade(self) -> None:
         self.transport.pauseProducing()
         self._bridge.connected()
+
+    def dataReceived(self, data: bytes) -> None:
+        self.buffersReceived((memoryview(data),))
 
     def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
         self._bridge.from_local(buffers)
@@ -94,13 +100,21 @@ class LocalEnd(Protocol):
         """The stream is over, which the other end is told with its reason."""
 
 
-@implementer(IBufferReceiver, IHalfCloseableProtocol, IPushProducer)
-class StreamEnd(Protocol):
+class StreamEnd:
     """The protocol of the stream."""
 
     def __init__(self, bridge: Bridge, stream: StreamTransport) -> None:
         self._bridge = bridge
         self._stream = stream
+
+    def makeConnection(self, transport: Any) -> None:
+        """It has been given the stream already."""
+
+    def connectionMade(self) -> None:
+        """See L{makeConnection}."""
+
+    def dataReceived(self, data: bytes) -> None:
+        self.buffersReceived((memoryview(data),))
 
     def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
         self._bridge.from_stream(buffers)
@@ -127,6 +141,10 @@ class StreamEnd(Protocol):
 
     def stopProducing(self) -> None:
         """The local socket is gone, which the other end is told with its reason."""
+
+
+classImplements(LocalEnd, IBufferReceiver, IHalfCloseableProtocol, IProtocol, IPushProducer)
+classImplements(StreamEnd, IBufferReceiver, IHalfCloseableProtocol, IProtocol, IPushProducer)
 
 
 class Bridge:

@@ -70,7 +70,8 @@ class LinkFactory(Factory):
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
 
-    def buildProtocol(self, addr: IAddress | None) -> LinkProtocol | None:
+    # It has no attribute for its factory, which Twisted's own buildProtocol would set.
+    def buildProtocol(self, addr: IAddress | None) -> LinkProtocol | None:  # type: ignore[override]
         """See C{IProtocolFactory.buildProtocol}."""
         return None if self._peer.turns_away() else self._peer.build_link()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IAddress, IProtocol, ITCPTransport
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from relaymux.interfaces import IIdentifiedTransport
 from relaymux.net.buffers import BufferPool
@@ -49,7 +49,6 @@ MOST_EXPECTED = 256 * 1024
 UNIX_SEND_BUFFER = 1024 * 1024
 
 
-@implementer(ITCPTransport)
 class TCPTransport(SocketTransport):
     """A L{SocketTransport} with what only TCP has."""
 
@@ -83,13 +82,24 @@ class TCPTransport(SocketTransport):
         self.socket.setsockopt(SOL_SOCKET, SO_KEEPALIVE, enabled)
 
 
-@implementer(IIdentifiedTransport)
 class UNIXTransport(SocketTransport):
     """A L{SocketTransport} whose peer the kernel knows: C{peerIdentity} is C{"uid:N"}."""
 
-    def __init__(self, reactor: Any, sock: socket, *args: Any, **options: Any) -> None:
-        super().__init__(reactor, sock, *args, **options)
+    def __init__(
+        self,
+        reactor: Any,
+        sock: socket,
+        protocol: IProtocol,
+        pool: BufferPool,
+        peer: IAddress | None = None,
+        flush_seconds: float | None = None,
+    ) -> None:
+        super().__init__(reactor, sock, protocol, pool, peer, flush_seconds)
         self.peerIdentity = f"uid:{peer_credentials(sock).uid}"
+
+
+classImplements(TCPTransport, ITCPTransport)
+classImplements(UNIXTransport, IIdentifiedTransport)
 
 
 def transport_for(

@@ -42,6 +42,8 @@ from relaymux.net.streams import Service, SessionStreams
 
 __all__ = ["Identity", "LinkListener", "SessionKeeper"]
 
+_log = Logger("relaymux.link")
+
 #: Events that are not about a stream.
 _OF_A_LINK = (
     HelloReceived,
@@ -75,8 +77,6 @@ class SessionKeeper:
         programs and not reported as delivered by the other side, or taken from
         the other side and not by the local program.
     """
-
-    _log = Logger("relaymux.link")
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class SessionKeeper:
         self._services: dict[str, Service] = {}
         self._waiting = WaitingRoom(name)  # empty with a link
         self._draining = False
-        self._quiet_log = QuietLog(self._log, reactor.seconds)
+        self._quiet_log = QuietLog(_log, reactor.seconds)
         self._handshaking: set[LinkProtocol] = set()  # at most MAX_HANDSHAKES
 
     # Links
@@ -196,9 +196,7 @@ class SessionKeeper:
         elif isinstance(event, LinkEnded):
             self._on_ended(link, event)
         elif isinstance(event, GoawayReceived):
-            self._log.info(
-                "link {peer}: the peer takes no new streams: {text}", peer=self.name, text=event.text
-            )
+            _log.info("link {peer}: the peer takes no new streams: {text}", peer=self.name, text=event.text)
 
     def link_flushed(self, link: LinkProtocol) -> None:
         """See L{LinkOwner.link_flushed}."""
@@ -317,7 +315,7 @@ class SessionKeeper:
         held = HeldSession(ticket, remote, streams, link.peer_identity, window)
         self._held = held
         self.daemon = remote.name
-        self._log.info(
+        _log.info(
             "link {peer}: up, daemon {daemon}{identity}, connection {number}",
             peer=self.name,
             daemon=remote.name,
@@ -325,7 +323,7 @@ class SessionKeeper:
             number=link.number,
         )
         if self.expected_daemon not in ("", remote.name):
-            self._log.error(
+            _log.error(
                 "link {peer}: the other daemon is called {daemon}, and the sockets of [vm] sections"
                 " will not meet; call the section [link {daemon}], or that daemon {expected}",
                 peer=self.name,
@@ -336,7 +334,7 @@ class SessionKeeper:
 
     def _resumed(self, link: LinkProtocol, held: HeldSession, again: int) -> None:
         away = self._reactor.seconds() - held.lost_at if held.lost_at is not None else 0.0
-        self._log.info(
+        _log.info(
             "link {peer}: resumed after {seconds:.1f} s, connection {number}, generation {generation};"
             " {streams} streams go on, {again} bytes sent again, 0 lost",
             peer=self.name,
@@ -410,7 +408,7 @@ class SessionKeeper:
         held.timer = self._reactor.callLater(seconds, self._expired, held, seconds)
         session = held.streams.session
         session.park()
-        self._log.warn(
+        _log.warn(
             "link {peer}: down: {text}; {streams} streams wait for the next connection, up to {seconds:g} s,"
             " {held} bytes from here not acknowledged",
             peer=self.name,
@@ -433,11 +431,12 @@ class SessionKeeper:
         lost = streams.session.undelivered_bytes
         stuck = streams.session.unconsumed_bytes
         self.undelivered += lost + stuck + streams.undelivered
-        log = self._log.warn if len(streams) else self._log.info
+        log = _log.warn if len(streams) else _log.info
         log(
             "link {peer}: session over: {text};"
             " {streams} streams ended with it, {lost} bytes from here and {stuck} for here not delivered",
             peer=self.name,
+            code=code,
             text=text,
             streams=len(streams),
             lost=lost,

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from typing import Protocol as Contract
 
-from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
-from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.interfaces import IDelayedCall, IProtocol, IPushProducer, IReactorTime
+from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from relaymux.core.events import Event, LinkEnded
 from relaymux.core.frames import Buffer
@@ -38,6 +38,8 @@ from relaymux.interfaces import (
 from relaymux.net.turns import turns_for
 
 __all__ = ["LinkListener", "LinkOwner", "LinkProtocol"]
+
+_log = Logger("relaymux.link")
 
 #: Data handed to the transport at once.  What the kernel does not take of it is all
 #: that can be in front of an urgent frame in this process.
@@ -75,8 +77,7 @@ class LinkListener(Contract):
         """
 
 
-@implementer(IBufferReceiver, IPushProducer)
-class LinkProtocol(Protocol):
+class LinkProtocol:
     """
     One link's connection.
 
@@ -84,10 +85,7 @@ class LinkProtocol(Protocol):
     @ivar number: rises with every connection of its owner, for logs.
     """
 
-    transport: Any  # ITransport and IConsumer, which Twisted has no one interface for
     link: Link
-
-    _log = Logger("relaymux.link")
 
     def __init__(
         self,
@@ -98,6 +96,8 @@ class LinkProtocol(Protocol):
     ) -> None:
         """@param make_link: called when the connection is usable: the handshake's time begins."""
         self.number = number
+        self.connected = False
+        self.transport: Any = None  # ITransport and IConsumer, which Twisted has no one interface for
         self._make_link = make_link
         self._reactor = reactor
         self._turns = turns_for(reactor)
@@ -130,6 +130,11 @@ class LinkProtocol(Protocol):
         return bytes(transport.exporter(EXPORTER_LABEL, EXPORTER_BYTES))
 
     # IProtocol
+
+    def makeConnection(self, transport: Any) -> None:
+        self.transport = transport
+        self.connected = True
+        self.connectionMade()
 
     def connectionMade(self) -> None:
         self.link = self._make_link(self)
@@ -268,7 +273,7 @@ class LinkProtocol(Protocol):
             if buffers:
                 self._write(buffers)
         except Exception:
-            self._log.failure("connection {number}: cannot send, closing it", number=self.number)
+            _log.failure("connection {number}: cannot send, closing it", number=self.number)
             self.abort()
             return False
         return bool(buffers)
@@ -301,3 +306,6 @@ class LinkProtocol(Protocol):
             self._happened(event)
         self.flush()
         self._schedule()
+
+
+classImplements(LinkProtocol, IBufferReceiver, IProtocol, IPushProducer)

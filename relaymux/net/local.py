@@ -48,7 +48,8 @@ class LocalListener(Factory):
         """What went through so far."""
         return self.connections.totals
 
-    def buildProtocol(self, addr: IAddress | None) -> LocalEnd | None:
+    # It has no attribute for its factory, which Twisted's own buildProtocol would set.
+    def buildProtocol(self, addr: IAddress | None) -> LocalEnd | None:  # type: ignore[override]
         """See C{IProtocolFactory.buildProtocol}."""
         if self.connections.full:
             self.connections.refused("a connection")

@@ -48,7 +48,7 @@ class Peer(SessionKeeper):
             May be cancelled.
         """
         result: Deferred[StreamTransport] = Deferred(lambda _: request.cancel())
-        request = OpenRequest(service, result.callback, result.errback)
+        request: OpenRequest = OpenRequest(service, result.callback, result.errback)
         self.open(request, seconds)
         return result
 

@@ -8,10 +8,8 @@ from itertools import islice
 from socket import socket
 from typing import Any
 
-from twisted.internet.abstract import FileDescriptor
-from twisted.internet.interfaces import IProducer
-
 from relaymux.interfaces import Buffer, IBufferReceiver
+from relaymux.net.descriptor import Descriptor
 
 __all__ = ["SendingSocket", "total_length"]
 
@@ -34,7 +32,7 @@ def total_length(buffers: Sequence[Buffer]) -> int:
     return sum(map(len, buffers))
 
 
-class SendingSocket(FileDescriptor):
+class SendingSocket(Descriptor):
     """
     A connected socket as a consumer.
 
@@ -51,7 +49,6 @@ class SendingSocket(FileDescriptor):
         sock.setblocking(False)
         self.socket = sock
         self.queuedBytes = 0
-        self.connected = 1
         # Bounded by the producer's obedience: it is paused while anything is here.
         self._queue: deque[Buffer] = deque()
         self._receiver = receiver
@@ -98,7 +95,7 @@ class SendingSocket(FileDescriptor):
         self.stopWriting()
         if not self._output_open:
             return
-        producer: Any = self.producer
+        producer = self.producer
         if self._output_ending:
             self._end_output()
         elif producer is not None and (self.producerPaused or not self.streamingProducer):
@@ -133,17 +130,10 @@ class SendingSocket(FileDescriptor):
             queue[0] = memoryview(queue[0])[left:]
         return sent
 
-    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
         super().registerProducer(producer, streaming)
-        self.producerPaused = False
         if self._queue:
             self._hold_producer()
-
-    def _hold_producer(self) -> None:
-        producer: Any = self.producer
-        if producer is not None and self.streamingProducer and not self.producerPaused:
-            self.producerPaused = True
-            producer.pauseProducing()
 
     def _drop_queue(self) -> None:
         self._queue.clear()

@@ -37,15 +37,21 @@ from typing import Any
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
     IAddress,
+    IConsumer,
     IDelayedCall,
+    IHalfCloseableDescriptor,
     IHalfCloseableProtocol,
+    ILoggingContext,
     IProtocol,
+    IPushProducer,
+    IReadWriteDescriptor,
     ISystemHandle,
+    ITransport,
 )
 from twisted.internet.main import CONNECTION_LOST
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from relaymux.interfaces import IBufferTransport, IHalfReadTransport
 from relaymux.net.addresses import address_of, describe
@@ -61,14 +67,13 @@ LINGER_SECONDS = 1.0
 #: Seconds until another try when the kernel is short of memory.
 MEMORY_PAUSE = 0.1
 
+_log = Logger("relaymux.net.sockets")
+
 _SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 
 
-@implementer(IBufferTransport, IHalfReadTransport, ISystemHandle)
 class SocketTransport(ReceivingSocket):
     """A connected socket carrying one protocol."""
-
-    _log = Logger()
 
     def __init__(
         self,
@@ -91,7 +96,7 @@ class SocketTransport(ReceivingSocket):
         self._output_reset = False
         self._ending: Exception | None = None
         self._timers: list[IDelayedCall] = []
-        self._log_prefix = self._getLogPrefix(protocol)
+        self._log_prefix = _prefix(protocol)
         # Asked now, since nobody can ask a closed socket.
         self._host = address_of(sock, sock.getsockname())
         self._peer = peer or address_of(sock, sock.getpeername())
@@ -227,7 +232,7 @@ class SocketTransport(ReceivingSocket):
         """
         if not self.connected or self.disconnecting:
             return
-        self.disconnecting = 1
+        self.disconnecting = True
         if self._input_open:
             self.startReading()
         if self._output_open:
@@ -246,7 +251,7 @@ class SocketTransport(ReceivingSocket):
         """
         if not self.connected:
             return
-        self.connected = 0
+        self.connected = False
         self._input_open = self._output_open = False
         self._drop_queue()
         self.stopReading()
@@ -279,6 +284,10 @@ class SocketTransport(ReceivingSocket):
         self.startReading()
         self.doRead()
 
+    def writeConnectionLost(self, reason: Failure) -> None:
+        """For reactors that find out about writing; this one does not."""
+        self.connectionLost(reason)
+
     def _end_output(self) -> None:
         """Everything is flushed: tell the peer that nothing more comes."""
         self._output_open = False
@@ -303,7 +312,7 @@ class SocketTransport(ReceivingSocket):
 
     def _flush_overdue(self) -> None:
         if self._output_open:
-            self._log.warn(
+            _log.warn(
                 "{peer} does not read: closing without its having taken the last {count} bytes",
                 peer=describe(self._peer),
                 count=self.queuedBytes,
@@ -320,7 +329,7 @@ class SocketTransport(ReceivingSocket):
         self._input_open = self._output_open = False
         self._drop_queue()
         reason = Failure(error)
-        super().connectionLost(reason)
+        self._forget()
         self.socket.close()
         self.protocol.connectionLost(reason)
 
@@ -335,5 +344,24 @@ class SocketTransport(ReceivingSocket):
         try:
             call()
         except Exception as error:
-            self._log.failure("exception from {protocol}", protocol=self._log_prefix)
+            _log.failure("exception from {protocol}", protocol=self._log_prefix)
             self._close(error)
+
+
+def _prefix(protocol: IProtocol) -> str:
+    """@return: what Twisted calls C{protocol} in its log."""
+    return str(protocol.logPrefix()) if ILoggingContext.providedBy(protocol) else type(protocol).__name__
+
+
+classImplements(
+    SocketTransport,
+    IBufferTransport,
+    IConsumer,
+    IHalfCloseableDescriptor,
+    IHalfReadTransport,
+    ILoggingContext,
+    IPushProducer,
+    IReadWriteDescriptor,
+    ISystemHandle,
+    ITransport,
+)

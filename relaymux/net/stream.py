@@ -24,7 +24,7 @@ from twisted.internet.interfaces import (
 )
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements, implementer
 
 from relaymux.core.stream import ReceiveState, SendState
 from relaymux.errors import ErrorCode, StreamReset
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from relaymux.net.streams import SessionStreams
 
 __all__ = ["StreamAddress", "StreamTransport"]
+
+
+_log = Logger("relaymux.link")
 
 
 @implementer(IAddress)
@@ -50,7 +53,6 @@ class StreamAddress:
         return f"{self.service} via {self.peer}"
 
 
-@implementer(ITransport, IConsumer, IPushProducer, IBufferTransport, IHalfReadTransport)
 class StreamTransport:
     """
     One stream of a session.
@@ -68,15 +70,12 @@ class StreamTransport:
     @ivar untaken: when it is over, bytes that arrived and were not consumed here.
     """
 
-    _log = Logger("relaymux.link")
-
-    disconnecting = False
-
     def __init__(self, streams: SessionStreams, stream_id: int, service: str, *, outgoing: bool) -> None:
         self.stream_id = stream_id
         self.service = service
         self.outgoing = outgoing
         self.connected = True
+        self.disconnecting = False
         self.undelivered = 0
         self.untaken = 0
         self._streams = streams
@@ -410,7 +409,8 @@ class StreamTransport:
             call(*args)
         except Exception:
             reason = Failure()
-            self._log.failure(
-                "{address}: exception from its user, resetting the stream", address=self.getPeer()
-            )
+            _log.failure("{address}: exception from its user, resetting the stream", address=self.getPeer())
             self.abort(ErrorCode.INTERNAL_ERROR, reason)
+
+
+classImplements(StreamTransport, IBufferTransport, IConsumer, IHalfReadTransport, IPushProducer, ITransport)

@@ -32,6 +32,9 @@ from relaymux.net.stream import StreamTransport
 __all__ = ["OpenRequest", "Service", "SessionStreams"]
 
 
+_log = Logger("relaymux.link")
+
+
 class Service(Contract):
     """What incoming streams are handed to, in the order in which the peer opened them."""
 
@@ -48,8 +51,6 @@ class OpenRequest:
     @ivar forget: called if the request is cancelled while it waits for a link.
     @ivar stream: the one that was opened for it, which the peer has not answered yet.
     """
-
-    _log = Logger("relaymux.link")
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class OpenRequest:
             try:
                 self._opened(stream)
             except Exception:
-                self._log.failure("exception from who asked for {service}", service=self.service)
+                _log.failure("exception from who asked for {service}", service=self.service)
                 stream.abort(ErrorCode.INTERNAL_ERROR)
 
     def fail(self, error: RelaymuxError) -> None:
@@ -90,7 +91,7 @@ class OpenRequest:
             try:
                 self._failed(Failure(error))
             except Exception:
-                self._log.failure("exception from who asked for {service}", service=self.service)
+                _log.failure("exception from who asked for {service}", service=self.service)
 
     def cancel(self) -> None:
         """It is not wanted any more; nothing happens once it was answered."""
@@ -115,8 +116,6 @@ class SessionStreams:
     @ivar undelivered: bytes accepted for streams that are closed, which the peer
         did not report as taken by its consumer.
     """
-
-    _log = Logger("relaymux.link")
 
     def __init__(
         self,
@@ -226,7 +225,7 @@ class SessionStreams:
         try:
             service.stream_opened(stream)
         except Exception:
-            self._log.failure(
+            _log.failure(
                 "link {peer}: exception from service {service}, resetting stream {stream}",
                 peer=self.peer_name,
                 service=event.service,

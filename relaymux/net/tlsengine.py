@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from OpenSSL import SSL
@@ -43,7 +44,7 @@ RECORD = 16 * 1024
 #: their own would cost more than the copy.
 _SMALL = 2048
 
-_BINDINGS = (
+_BINDINGS: tuple[str, ...] = (
     "BIO_get_mem_data",
     "BIO_new_mem_buf",
     "BIO_read",
@@ -359,10 +360,9 @@ def _find_functions() -> tuple[int, ...] | None:
     @return: their addresses, in its order; L{None} if pyOpenSSL's bindings are not as we know them.
     """
     try:
-        from cryptography.hazmat.bindings._rust import _openssl
-
-        functions = [_openssl.ffi.addressof(_openssl.lib, name) for name in _PROTOTYPES]
-        types = [_openssl.ffi.typeof(function).cname for function in functions]
+        openssl: Any = import_module("cryptography.hazmat.bindings._rust")._openssl
+        functions = [openssl.ffi.addressof(openssl.lib, name) for name in _PROTOTYPES]
+        types = [openssl.ffi.typeof(function).cname for function in functions]
     except (ImportError, AttributeError, TypeError):
         return None
     return tuple(map(_address, functions)) if types == list(_PROTOTYPES.values()) else None

@@ -37,10 +37,10 @@ from twisted.internet.interfaces import (
     IPushProducer,
     ITransport,
 )
-from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from relaymux.errors import TransportError
 from relaymux.interfaces import (
@@ -60,6 +60,8 @@ from relaymux.net.tlserrors import handshake_error, lost_error
 from relaymux.net.tlswriting import EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
+
+_log = Logger("relaymux.net.tlssockets")
 
 #: From the connection to the checked peer, however slowly bytes trickle in.
 HANDSHAKE_SECONDS = 10.0
@@ -81,8 +83,7 @@ class TLSOwner(Contract):
         """Instead of the other two: it did not come to that, and the socket is closed."""
 
 
-@implementer(IBufferReceiver, IPushProducer)
-class _Below(Protocol):
+class _Below:
     """What the socket transport sees: the protocol it carries and the producer it holds."""
 
     transport: SocketTransport
@@ -90,9 +91,16 @@ class _Below(Protocol):
     def __init__(self, tls: TLSTransport) -> None:
         self._tls = tls
 
+    def makeConnection(self, transport: Any) -> None:
+        self.transport = transport
+        self.connectionMade()
+
     def connectionMade(self) -> None:
         self.transport.registerProducer(self, True)
         self._tls._socket_connected(self.transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.buffersReceived((memoryview(data),))
 
     def buffersReceived(self, buffers: Sequence[memoryview]) -> None:
         self._tls._encrypted_received(buffers)
@@ -113,15 +121,6 @@ class _Below(Protocol):
         """C{connectionLost} comes next."""
 
 
-@implementer(
-    ITransport,
-    IConsumer,
-    IPushProducer,
-    IBufferTransport,
-    IExpectingTransport,
-    IExportingTransport,
-    IIdentifiedTransport,
-)
 class TLSTransport(EncryptingConsumer):
     """
     A connection whose peer has proved who it is.
@@ -129,8 +128,6 @@ class TLSTransport(EncryptingConsumer):
     @ivar below: the protocol to give to the socket.
     @ivar peerIdentity: see L{IIdentifiedTransport}.
     """
-
-    _log = Logger()
 
     def __init__(
         self,
@@ -193,7 +190,7 @@ class TLSTransport(EncryptingConsumer):
         except Exception as error:
             # An exception of our own check ends here too: nobody passes by mistake.
             if not isinstance(error, SSL.Error):
-                self._log.failure("exception while checking {peer}", peer=self._peer)
+                _log.failure("exception while checking {peer}", peer=self._peer)
             self._fail(handshake_error(error, self._check.problem, self._peer, self._certificate))
             return
         self._send_encrypted()
@@ -312,7 +309,7 @@ class TLSTransport(EncryptingConsumer):
         try:
             self._deliver()
         except Exception as error:
-            self._log.failure("exception from the protocol of {peer}", peer=self._peer)
+            _log.failure("exception from the protocol of {peer}", peer=self._peer)
             self._reason = error
             self._socket.abortConnection()
         else:
@@ -337,7 +334,7 @@ class TLSTransport(EncryptingConsumer):
             self._socket.abortConnection()
 
     def _close_overdue(self) -> None:
-        self._log.warn(
+        _log.warn(
             "{peer} does not read: closing without its having taken the last {count} bytes",
             peer=self._peer,
             count=self.queuedBytes,
@@ -381,3 +378,16 @@ class TLSTransport(EncryptingConsumer):
     def _cancel_timer(self) -> None:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
+
+
+classImplements(_Below, IBufferReceiver, IProtocol, IPushProducer)
+classImplements(
+    TLSTransport,
+    IBufferTransport,
+    IConsumer,
+    IExpectingTransport,
+    IExportingTransport,
+    IIdentifiedTransport,
+    IPushProducer,
+    ITransport,
+)

@@ -5,7 +5,7 @@ The ends of a connection in memory; see L{relaymux.testing.memory}.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -83,9 +83,11 @@ class MemoryTransport:
     @ivar paused: whether the protocol takes nothing at the moment.
     @ivar queuedBytes: bytes written that found no room on the way yet.
     @ivar peerIdentity: see L{IIdentifiedTransport}, which it provides if the connection has identities.
+    @ivar exporter: see L{IExportingTransport}, which it provides if the connection has key material.
     """
 
     peerIdentity: str
+    exporter: Callable[[str, int], bytes]
 
     def __init__(
         self, connection: Network, name: str, protocol: IProtocol, incoming: Pipe, outgoing: Pipe

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 from twisted.internet.error import ConnectionLost
 from twisted.internet.interfaces import IProtocol
 from twisted.internet.task import Clock
 from zope.interface import alsoProvides
 
-from relaymux.interfaces import IIdentifiedTransport
+from relaymux.interfaces import IExportingTransport, IIdentifiedTransport
 from relaymux.testing.ends import BufferMemoryTransport, MemoryTransport, Pipe
 from relaymux.testing.recording import Feeder
 
@@ -64,6 +65,7 @@ class MemoryConnection:
         capacity: int = CAPACITY,
         buffers: bool = True,
         identities: tuple[str, str] | None = None,
+        exporter: Callable[[str, int], bytes] | None = None,
     ) -> None:
         """
         Connect two protocols with one another: C{server} first, both before this returns.
@@ -75,6 +77,8 @@ class MemoryConnection:
         @param buffers: whether the transports provide L{IBufferTransport}.
         @param identities: what client and server are known as to one another
             (L{IIdentifiedTransport}); by default they are not identified.
+        @param exporter: gives both the same key material (L{IExportingTransport}); by default
+            there is none.
         """
         self.seed = seed
         self._random = None if seed is None else random.Random(seed)
@@ -92,6 +96,10 @@ class MemoryConnection:
         for end, identity in zip(self._ends, identities or (), strict=False):
             end.peerIdentity = identity
             alsoProvides(end, IIdentifiedTransport)
+        if exporter is not None:
+            for end in self._ends:
+                end.exporter = exporter
+                alsoProvides(end, IExportingTransport)
         for end in self._ends:
             end.protocol.makeConnection(end)
 

@@ -1,0 +1,95 @@
+"""
+What a reactor watches, with a producer that it may hold.
+
+The same as Twisted's C{FileDescriptor}, as far as sockets that queue by reference need it, and
+without inheriting from it: what inherits from interpreted classes cannot be compiled
+(docs/decisions/0024), and these are called for every turn of every socket.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Descriptor"]
+
+
+class Descriptor:
+    """
+    @ivar connected: whether the connection is there.
+    @ivar disconnected: whether it is over, and everybody was told.
+    @ivar disconnecting: whether it is to be closed when what is queued was sent.
+    @ivar producer: of either kind; L{None} if there is none.
+    @ivar streamingProducer: whether it is a push producer.
+    @ivar producerPaused: whether it was told to wait.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self.reactor = reactor
+        self.connected = True
+        self.disconnected = False
+        self.disconnecting = False
+        self.producer: Any = None
+        self.streamingProducer = False
+        self.producerPaused = False
+
+    # For the reactor
+
+    def startReading(self) -> None:
+        self.reactor.addReader(self)
+
+    def stopReading(self) -> None:
+        self.reactor.removeReader(self)
+
+    def startWriting(self) -> None:
+        self.reactor.addWriter(self)
+
+    def stopWriting(self) -> None:
+        self.reactor.removeWriter(self)
+
+    # For who produces what is written
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """
+        See C{IConsumer.registerProducer}.
+
+        @raise RuntimeError: there is one already.
+        """
+        if self.producer is not None:
+            raise RuntimeError(f"cannot register {producer!r}: {self.producer!r} was never unregistered")
+        if self.disconnected:
+            producer.stopProducing()
+            return
+        self.producer, self.streamingProducer, self.producerPaused = producer, streaming, False
+        if not streaming:
+            producer.resumeProducing()
+
+    def unregisterProducer(self) -> None:
+        """See C{IConsumer.unregisterProducer}."""
+        self.producer = None
+        if self.connected and self.disconnecting:
+            self.startWriting()
+
+    def stopProducing(self) -> None:
+        """See C{IProducer.stopProducing}."""
+        self.loseConnection()
+
+    def loseConnection(self) -> None:
+        """See C{ITransport.loseConnection}.  For subclasses."""
+        raise NotImplementedError
+
+    # Inside
+
+    def _hold_producer(self) -> None:
+        """Pause a push producer, unless it is paused."""
+        if self.producer is not None and self.streamingProducer and not self.producerPaused:
+            self.producerPaused = True
+            self.producer.pauseProducing()
+
+    def _forget(self) -> None:
+        """The connection is over: nothing is watched any more, and nothing wanted of a producer."""
+        self.connected, self.disconnected = False, True
+        producer, self.producer = self.producer, None
+        if producer is not None:
+            producer.stopProducing()
+        self.stopReading()
+        self.stopWriting()
