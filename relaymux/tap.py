@@ -15,6 +15,7 @@ from twisted.application.service import IService
 from twisted.python import usage
 
 from relaymux.errors import RelaymuxError
+from relaymux.net.reactor import install as install_reactor
 from relaymux.service.config import check_configuration, load_configuration
 from relaymux.service.daemon import RelayService
 
@@ -48,6 +49,7 @@ class _StartingService(RelayService):
 
 def makeService(options: Options) -> IService:
     """@return: the daemon, not started.  Ends the process if the configuration is wrong."""
+    install_reactor()
     from twisted.internet import reactor
 
     clock: Any = reactor

@@ -34,6 +34,14 @@ class Descriptor:
 
     # For the reactor
 
+    def doRead(self) -> None:
+        """There is something to read, or nothing more will be.  For subclasses."""
+        raise NotImplementedError
+
+    def logPrefix(self) -> str:
+        """Who this is, for the log.  For subclasses."""
+        raise NotImplementedError
+
     def startReading(self) -> None:
         self.reactor.addReader(self)
 
