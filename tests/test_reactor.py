@@ -1,0 +1,241 @@
+"""The daemon's reactor: what Twisted's own does, and in the same order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import error
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.threads import deferToThreadPool
+from twisted.python.threadpool import ThreadPool
+from twisted.trial.unittest import SynchronousTestCase
+
+from relaymux.net.buffers import BufferPool
+from relaymux.net.descriptor import Descriptor
+from relaymux.net.families import transport_for
+from relaymux.net.reactor import RelayReactor
+from tests.sockets import Recorder, content
+
+#: Seconds after which a test is given up.
+DEADLINE = 20.0
+
+#: More than the kernel takes at once, and than is read in one turn.
+LARGE = content(8 * 1024 * 1024)
+
+
+class ReactorTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.reactor: Any = RelayReactor()
+        self.late = self.reactor.callLater(DEADLINE, self.give_up)
+        self.addCleanup(self.close)
+
+    def close(self) -> None:
+        self.reactor.removeAll()
+        for descriptor in (self.reactor.waker.i, self.reactor.waker.o):
+            os.close(descriptor)
+        self.reactor._poller.close()
+
+    def give_up(self) -> None:
+        self.gave_up = True
+        self.reactor.stop()
+
+    def run_reactor(self) -> None:
+        """Run until somebody stops it."""
+        self.gave_up = False
+        self.reactor.run(installSignalHandlers=False)
+        self.assertFalse(self.gave_up, "nobody stopped the reactor")
+
+    def pair(self) -> tuple[Any, Recorder, Any, Recorder]:
+        """Two of our transports that are connected with one another, and their protocols."""
+        made: list[Any] = []
+        for sock in socket.socketpair():
+            protocol = Recorder()
+            transport = transport_for(self.reactor, sock, protocol, BufferPool())
+            self.assertIsInstance(transport, Descriptor)
+            self.reactor.callWhenRunning(transport.begin)
+            made += [transport, protocol]
+        return tuple(made)  # type: ignore[return-value]
+
+    def stop_when(self, protocol: Recorder, condition: Callable[[], bool]) -> None:
+        """Stop the reactor as soon as C{protocol} has received something and C{condition} holds."""
+
+        def look() -> None:
+            if condition():
+                self.reactor.stop()
+
+        protocol.on_data = look
+
+    def test_bulk(self) -> None:
+        """Bytes arrive whole, in both directions at once."""
+        near, near_end, far, far_end = self.pair()
+        self.reactor.callWhenRunning(near.writeBuffers, [LARGE])
+        self.reactor.callWhenRunning(far.writeBuffers, [LARGE])
+        for end in (near_end, far_end):
+            self.stop_when(end, lambda: len(near_end.received) == len(LARGE) == len(far_end.received))
+        self.run_reactor()
+        self.assertEqual(near_end.received, LARGE)
+        self.assertEqual(far_end.received, LARGE)
+
+    def test_stopped_from_within(self) -> None:
+        """A protocol that stops the reactor is the last one that is called."""
+        near, _, _, far_end = self.pair()
+        self.reactor.callWhenRunning(near.writeBuffers, [LARGE])
+        self.stop_when(far_end, lambda: True)
+        self.run_reactor()
+        self.assertEqual(far_end.deliveries, 1)
+
+    def test_timers_beside_bulk(self) -> None:
+        """What is due is called while sockets have always something to read; new timers count as well."""
+        near, _, _, far_end = self.pair()
+        called: list[str] = []
+
+        def again() -> None:
+            near.writeBuffers([LARGE[:1024]])
+
+        def later() -> None:
+            called.append("first")
+            self.reactor.callLater(0.01, then)
+
+        def then() -> None:
+            called.append("second")
+            self.reactor.stop()
+
+        far_end.on_data = again
+        self.reactor.callWhenRunning(again)
+        self.reactor.callLater(0.01, later)
+        self.run_reactor()
+        self.assertEqual(called, ["first", "second"])
+
+    def test_other_threads_beside_bulk(self) -> None:
+        """So are calls from threads."""
+        near, _, _, far_end = self.pair()
+        threads = ThreadPool(0, 1)
+        threads.start()
+        self.addCleanup(threads.stop)
+
+        def again() -> None:
+            near.writeBuffers([LARGE[:1024]])
+
+        far_end.on_data = again
+        self.reactor.callWhenRunning(again)
+
+        def answered(number: int) -> None:
+            numbers.append(number)
+            self.reactor.stop()
+
+        def begin() -> None:
+            deferToThreadPool(self.reactor, threads, lambda: 42).addCallback(answered)
+
+        numbers: list[int] = []
+        self.reactor.callWhenRunning(begin)
+        self.run_reactor()
+        self.assertEqual(numbers, [42])
+
+    def test_exception(self) -> None:
+        """A protocol's exception is logged and ends its connection, and no other."""
+        near, _, _, far_end = self.pair()
+        other, _, _, other_end = self.pair()
+
+        def fail() -> None:
+            raise ZeroDivisionError("on purpose")
+
+        far_end.on_data = fail
+        self.reactor.callWhenRunning(near.write, b"a")
+        self.reactor.callLater(0.05, other.write, b"b")
+        self.stop_when(other_end, lambda: True)
+        self.run_reactor()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assertIsInstance(far_end.reason, ZeroDivisionError)
+        self.assertNotIn("lost", other_end.events[:-1])
+
+    def test_end(self) -> None:
+        """The end of a connection is told, whichever side makes it."""
+        near, near_end, _, far_end = self.pair()
+        self.reactor.callWhenRunning(near.loseConnection)
+
+        def look() -> None:
+            if near_end.reasons and far_end.reasons:
+                self.reactor.stop()
+            else:
+                self.reactor.callLater(0.01, look)
+
+        self.reactor.callWhenRunning(look)
+        self.run_reactor()
+        for end in (near_end, far_end):
+            self.assertIsInstance(end.reason, error.ConnectionDone)
+
+    def test_others_descriptors(self) -> None:
+        """What is no socket of ours is called as by any reactor: in its own context."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        read: list[bytes] = []
+        reactor = self.reactor
+
+        class Other(FileDescriptor):
+            def fileno(self) -> int:
+                return ours.fileno()
+
+            def doRead(self) -> None:
+                read.append(ours.recv(100))
+                reactor.stop()
+
+        other = Other(reactor)
+        self.reactor.callWhenRunning(other.startReading)
+        self.reactor.callLater(0.01, theirs.send, b"x")
+        self.run_reactor()
+        self.assertEqual(read, [b"x"])
+
+
+#: Prints which reactor is installed by whom.
+_PROGRAM = """
+import sys
+{before}
+from relaymux.net.reactor import install
+install()
+from twisted.internet import reactor
+print(type(reactor).__name__)
+"""
+
+
+class InstallTests(SynchronousTestCase):
+    def installed(self, before: str = "") -> str:
+        """@return: the name of the reactor's class when C{before} ran before L{install}."""
+        command = [sys.executable, "-c", _PROGRAM.format(before=before)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def test_nobody_has_chosen(self) -> None:
+        """It is the reactor of a process that has none."""
+        self.assertEqual(self.installed(), "RelayReactor")
+
+    def test_somebody_has_chosen(self) -> None:
+        """Who has chosen another one keeps it."""
+        chosen = "from twisted.internet import pollreactor; pollreactor.install()"
+        self.assertEqual(self.installed(chosen), "PollReactor")
+
+    def test_another_twisted(self) -> None:
+        """With a Twisted that works in another way its own is taken."""
+        other = "import relaymux.net.reactor as r; r._USED += ('of_the_future',)"
+        self.assertEqual(self.installed(other), "EPollReactor")
+
+    def test_signal(self) -> None:
+        """SIGTERM stops it, whatever it is doing."""
+        program = (
+            "from relaymux.net.reactor import install; install()\n"
+            "from twisted.internet import reactor\n"
+            "reactor.callWhenRunning(print, 'running', flush=True)\n"
+            "reactor.run()\n"
+            "print('stopped')\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        with process:
+            self.assertEqual(process.stdout.readline(), "running\n")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.communicate(timeout=DEADLINE)[0], "stopped\n")
