@@ -19,7 +19,7 @@ from relaymux.core.budget import (
 )
 from relaymux.core.events import DataReceived, HelloReceived, StreamCrowdedOut, StreamOpened, WelcomeReceived
 from relaymux.core.frames import Kind
-from relaymux.core.growth import TURN_SECONDS, Growth
+from relaymux.core.growth import FIRST_BYTES, TURN_SECONDS, Growth
 from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import Link
 from relaymux.core.meter import GROW_WITHIN, TOO_LARGE, Fit, Meter
@@ -154,7 +154,9 @@ class LineTests(SynchronousTestCase):
     """Sizes follow bandwidth x round trip, of the line or of a consumer, no further than needed."""
 
     def setUp(self) -> None:
-        self.patch(growth, "HASTE", LIMITS.window)  # in proportion to these small sizes
+        # In proportion to these small sizes.
+        self.patch(growth, "HASTE", LIMITS.window)
+        self.patch(growth, "FIRST_BYTES", 3 * LIMITS.window)
 
     def test_fills_a_long_line(self) -> None:
         """One stream gets all that the line carries, with two to four times bandwidth x round trip."""
@@ -305,11 +307,49 @@ class GrowthTests(SynchronousTestCase):
         sizes = Growth(Account(Budget(1000)))
         for seconds in (0.5, 0.1, 7.0):
             sizes.heard_round_trip(seconds)
-        self.assertEqual(sizes.round_trip, 0.1 + TURN_SECONDS)
+        self.assertEqual(sizes.round_trip, 0.1)
         sizes.restart([])
         self.assertIsNone(sizes.round_trip)
         sizes.heard_round_trip(3.0)
-        self.assertEqual(sizes.round_trip, 3.0 + TURN_SECONDS)
+        self.assertEqual(sizes.round_trip, 3.0)
+
+    def fit(self, sizes: Growth, window: ReceiveWindow, rate: float, seconds: float = 1.0) -> int:
+        """Have C{rate} bytes a second pass C{window}, as far as it allows.  @return: its size then."""
+        now, end = 0.0, seconds
+        while now < end:
+            step = max(1, window.size // 4)
+            window.receive(step, 1)
+            window.consume(step)
+            now += step / rate
+            sizes.fit_window(window, now)
+            window.grant()
+        return window.size
+
+    def test_no_larger_than_it_has_to_be(self) -> None:
+        """
+        On a line that takes no time one stream's window grows once, even if little passes, and
+        further only if it is too small for what passes in the daemons' turns.
+        """
+        for rate, least, most in ((1e6, 1, 1), (3e8, 4, 4), (1.5e9, 4, 4), (6e9, 16, 16)):
+            sizes = Growth(Account(Budget(10**9)))
+            sizes.heard_round_trip(0.0001)
+            size = self.fit(sizes, ReceiveWindow(256 * KIB), rate)
+            self.assertTrue(least <= size / (256 * KIB) <= most, (rate, size))
+            self.assertEqual(sizes.grown, size - 256 * KIB)
+
+    def test_first_growth_is_for_few(self) -> None:
+        """What is allowed for waiting daemons is for a session, however many streams it has."""
+        sizes = Growth(Account(Budget(10**9)))
+        sizes.heard_round_trip(0.0001)
+        windows = [ReceiveWindow(256 * KIB) for _ in range(8)]
+        for window in windows:
+            self.fit(sizes, window, 3e8)
+        self.assertEqual(sizes.grown, FIRST_BYTES)
+        self.assertEqual(sum(window.size for window in windows), 8 * 256 * KIB + FIRST_BYTES)
+        sizes.end_window(windows[0])
+        sizes.end_window(windows[0])
+        self.assertEqual(sizes.grown, 0)
+        self.assertEqual(self.fit(sizes, windows[1], 3e8), 1024 * KIB)
 
     def test_asks_for_the_round_trip(self) -> None:
         """Each new link begins with a PING, before anything could be in front of it."""

@@ -60,7 +60,7 @@ class ReactorTests(SynchronousTestCase):
             self.assertIsInstance(transport, Descriptor)
             self.reactor.callWhenRunning(transport.begin)
             made += [transport, protocol]
-        return tuple(made)  # type: ignore[return-value]
+        return tuple(made)
 
     def stop_when(self, protocol: Recorder, condition: Callable[[], bool]) -> None:
         """Stop the reactor as soon as C{protocol} has received something and C{condition} holds."""

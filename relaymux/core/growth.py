@@ -30,23 +30,34 @@ HASTE = 16 * 1024 * 1024
 #: peer that acknowledges nothing more memory is of no use.
 WIDEN_SHARE = 4
 
-#: Seconds added to the shortest round trip.  Where that is next to nothing, what is on
-#: its way waits for two daemons to take their turns; with these it has 4 MB at 1 GB/s.
-TURN_SECONDS = 0.002
+#: Seconds added to the shortest round trip: where that is next to nothing, what is on its
+#: way waits for two daemons to take their turns.  On two idle processors that takes less
+#: than this, and what is more on its way only fills the processors' caches: 4 MB instead of
+#: 1 MB cost a tenth of the processor time of all (docs/performance.md).
+TURN_SECONDS = 0.0002
+
+#: The same until the windows of a session have grown by L{FIRST_BYTES}: daemons that have to
+#: wait for a processor shall not be held to a few hundred kilobytes.
+FIRST_TURN_SECONDS = 0.002
+
+#: What one stream's window grows by at first, from its default of 256 KiB.
+FIRST_BYTES = 768 * 1024
 
 
 class Growth:
     """
     The sizes of one session, within what its account gives.
 
-    @ivar round_trip: seconds, the shortest on the present link and L{TURN_SECONDS};
-        L{None} until the first is known, and nothing grows before.  The shortest: a
-        PING may have had to wait behind data, and then said nothing about the line.
+    @ivar round_trip: seconds, the shortest on the present link; L{None} until the first
+        is known, and nothing grows before.  The shortest: a PING may have had to wait
+        behind data, and then said nothing about the line.
+    @ivar grown: bytes by which the windows that are open are larger than they began.
     """
 
     def __init__(self, account: Account) -> None:
         self.account = account
         self.round_trip: float | None = None
+        self.grown = 0
 
     def restart(self, windows: Iterable[ReceiveWindow]) -> None:
         """There is a new link, and the time without one says nothing about it."""
@@ -56,7 +67,6 @@ class Growth:
 
     def heard_round_trip(self, seconds: float) -> None:
         """A PING took C{seconds}."""
-        seconds += TURN_SECONDS
         if self.round_trip is None or seconds < self.round_trip:
             self.round_trip = seconds
 
@@ -70,13 +80,14 @@ class Growth:
         """
         if self.round_trip is None:
             return
-        fit = window.meter.judge(window.consumed, window.size, now, self.round_trip)
+        turn = TURN_SECONDS if self.grown >= FIRST_BYTES else FIRST_TURN_SECONDS
+        fit = window.meter.judge(window.consumed, window.size, now, self.round_trip + turn)
         if fit is Fit.SMALL:
             amount = self._grow(window.size)
-            window.size += amount
+            self._resize(window, window.size + amount)
             window.drawn += amount
         elif fit is Fit.LARGE and self.account.scarce:
-            window.size = max(window.least, window.size // 2)
+            self._resize(window, max(window.least, window.size // 2))
         surplus = window.drawn - max(window.size, window.granted - window.consumed)
         if surplus > 0:
             window.drawn -= surplus
@@ -86,6 +97,7 @@ class Growth:
         """C{window}'s consumer has everything, or wants nothing more: nothing will be held for it."""
         self.account.give_back(window.drawn)
         window.drawn = 0
+        self._resize(window, window.least)
 
     def widen_replay(self, replay: ReplayBuffer) -> bool:
         """
@@ -105,6 +117,10 @@ class Growth:
         if replay.held_bytes <= replay.least < replay.capacity:
             self.account.give_back(replay.capacity - replay.least)
             replay.capacity = replay.least
+
+    def _resize(self, window: ReceiveWindow, size: int) -> None:
+        self.grown += size - window.size
+        window.size = size
 
     def _grow(self, size: int) -> int:
         """@return: bytes by which what has C{size} bytes may grow."""
