@@ -114,6 +114,8 @@ class BridgeTestCase(SocketTestCase):
         for port in self.ports:
             await port.stopListening()
         await self.until(lambda: not self.open_connections, "all connections were over")
+        for section in self.sections:
+            section.connections.rest()
         await self.close_link()
         self.assertEqual((self.near.open_streams, self.far.open_streams), (0, 0))
 

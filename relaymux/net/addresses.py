@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from ipaddress import ip_address
 from typing import Any
 
@@ -14,16 +13,11 @@ from relaymux.errors import ConfigurationError
 __all__ = ["address_of", "describe", "parse_host_port"]
 
 
-def address_of(sock: socket.socket, raw: Any) -> IAddress:
-    """
-    @param raw: what the socket module says for the family of C{sock}, as from
-        C{getsockname}.
-    """
-    if sock.family == socket.AF_INET:
-        return IPv4Address("TCP", raw[0], raw[1])
-    if sock.family == socket.AF_INET6:
-        return IPv6Address("TCP", *raw)
-    return UNIXAddress(raw or None)
+def address_of(raw: Any) -> IAddress:
+    """@param raw: what the socket module says, as from C{getsockname}: for UNIX sockets no tuple."""
+    if not isinstance(raw, tuple):
+        return UNIXAddress(raw or None)
+    return IPv4Address("TCP", raw[0], raw[1]) if len(raw) == 2 else IPv6Address("TCP", *raw)
 
 
 def describe(address: IAddress) -> str:

@@ -284,7 +284,7 @@ class Bridge:
         self.ending.lost(reason, here=True)
         stream = self._stream
         if stream is not None and stream.connected:
-            if reason.check(ConnectionDone):
+            if isinstance(reason.value, ConnectionDone):
                 # All it had was read, and all it wanted was taken.
                 stream.unregisterProducer()
                 stream.loseConnection()
@@ -317,10 +317,10 @@ class Bridge:
         """The stream is over."""
         self.ending.lost(reason, here=False)
         if self._local_open:
-            if reason.check(ConnectionDone):
+            if isinstance(reason.value, ConnectionDone):
                 self.local.transport.unregisterProducer()
                 self.local.transport.loseConnection()
-            elif self._apart is not None and reason.check(SessionLost):
+            elif self._apart is not None and isinstance(reason.value, SessionLost):
                 # The local program is to notice nothing as yet, and nobody is there for what it says.
                 self.local.transport.pauseProducing()
                 self._apart.add(self.local.transport.abortConnection)

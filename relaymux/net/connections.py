@@ -15,11 +15,14 @@ from relaymux.net.amounts import exact_amount, rate, rough_amount
 from relaymux.net.apart import Apart
 from relaymux.net.bridge import Bridge
 from relaymux.net.diskwatch import DiskWatcher
+from relaymux.net.endings import Endings
 from relaymux.net.peer import Peer
 from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import OpenRequest
 
 __all__ = ["Connection", "Connections", "LocalSocket", "Totals"]
+
+_log = Logger("relaymux.socket")
 
 #: Seconds that a connection has been open when that is said.  Of one that is over by then
 #: there is one line, which says all that two would.
@@ -112,8 +115,6 @@ class Connection:
 class Connections:
     """The connections of one section: numbered, bounded, logged."""
 
-    _log = Logger("relaymux.socket")
-
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket, *, listens: bool) -> None:
         """@param listens: whether the local programs dial, as clients do, or are dialled."""
         self.totals = Totals()
@@ -126,6 +127,7 @@ class Connections:
         self._open: dict[Bridge, Connection] = {}  # at most max_connections
         self._unsaid: dict[Bridge, Connection] = {}  # of those, the joined ones not logged yet
         self._saying: IDelayedCall | None = None
+        self._endings = Endings(reactor, local.section, _say)
 
     @property
     def full(self) -> bool:
@@ -154,6 +156,11 @@ class Connections:
         if self._apart is not None:
             self._apart.hurry()
 
+    def rest(self) -> None:
+        """Say what was not said yet: no more connections will come, or end."""
+        self._say_open()
+        self._endings.sum_up()
+
     def _number_one(self, bridge: Bridge) -> Connection:
         self._number += 1
         now = self._reactor.seconds()
@@ -167,13 +174,30 @@ class Connections:
         self.totals.opened += 1
         self._unsaid[connection.bridge] = connection
         if self._saying is None:
-            self._saying = self._reactor.callLater(SAY_SECONDS, self._say_open)
+            self._saying = self._reactor.callLater(SAY_SECONDS, self._say_lasting)
         if self._local.is_nbd:
             DiskWatcher(
                 connection.bridge, lambda disk: self._is_disk(connection, disk), client_is_local=self._listens
             )
         # Who dialled has waited for the answer of the other end, and clients mostly speak first.
         connection.bridge.join(stream, local_speaks=self._listens)
+
+    def _say_lasting(self) -> None:
+        """
+        Log the connections that have been open for L{SAY_SECONDS}, or twice that.
+
+        While others come and go the timer goes on: one for each of them would cost more than
+        they do.
+        """
+        self._saying = None
+        late = self._reactor.seconds() - SAY_SECONDS
+        if all(connection.began <= late for connection in self._unsaid.values()):
+            self._say_open()
+            return
+        lasting = [bridge for bridge, connection in self._unsaid.items() if connection.began <= late]
+        for bridge in lasting:
+            self._say_one(self._unsaid.pop(bridge))
+        self._saying = self._reactor.callLater(SAY_SECONDS, self._say_lasting)
 
     def _say_open(self) -> None:
         """Log the connections that are open and not logged yet."""
@@ -182,12 +206,13 @@ class Connections:
         self._saying = None
         unsaid, self._unsaid = self._unsaid, {}
         for connection in unsaid.values():
-            # Twisted takes long to put many fields together, here and below.
-            self._log.info(
-                "{text}",
-                text=f"{self._local.section}: connection {connection.number} open, {connection.path},"
-                f" {self._stream_of(connection)}",
-            )
+            self._say_one(connection)
+
+    def _say_one(self, connection: Connection) -> None:
+        _say(
+            f"{self._local.section}: connection {connection.number} open, {connection.path},"
+            f" {self._stream_of(connection)}"
+        )
 
     def _stream_of(self, connection: Connection) -> str:
         return f"stream {connection.stream_id} of link {self._peer.name}"
@@ -195,7 +220,7 @@ class Connections:
     def _is_disk(self, connection: Connection, disk: Export) -> None:
         connection.disk = disk
         self._say_open()
-        self._log.info(
+        _log.info(
             "{section}: connection {number} is disk {disk}, {size}",
             section=self._local.section,
             number=connection.number,
@@ -213,7 +238,7 @@ class Connections:
             connection.told = (now, bridge.sent, bridge.received)
             moved = bridge.sent - sent + bridge.received - received
             if moved >= PROGRESS_LEAST:
-                self._log.info(
+                _log.info(
                     "{section}: {connection}: {carried}, {rate}",
                     section=self._local.section,
                     connection=connection,
@@ -233,7 +258,7 @@ class Connections:
     def not_joined(self, connection: Connection, why: str) -> None:
         self._open.pop(connection.bridge, None)
         self.totals.failed += 1
-        self._log.warn(
+        _log.warn(
             "{section}: connection {number} failed: {why}; socket {path}, link {peer}",
             section=self._local.section,
             number=connection.number,
@@ -244,7 +269,7 @@ class Connections:
 
     def refused(self, what: str) -> None:
         self.totals.failed += 1
-        self._log.warn(
+        _log.warn(
             "{section}: refused {what}: {limit} are open, which is max-connections; socket {path}",
             section=self._local.section,
             what=what,
@@ -257,9 +282,6 @@ class Connections:
         if connection is None:
             return  # it was never joined, and that was said
         unsaid = self._unsaid.pop(bridge, None) is not None
-        if self._saying is not None and not self._unsaid:
-            self._saying.cancel()
-            self._saying = None
         ending = bridge.ending
         if connection.request is not None:
             connection.request.cancel()
@@ -269,15 +291,28 @@ class Connections:
         self.totals.received += bridge.received
         if not ending.is_clean:
             self.totals.failed += 1
+            _log.warn("{text}", text=self._ended(connection, unsaid))
+        elif connection.disk is not None or not unsaid:
+            _say(self._ended(connection, unsaid))
+        else:
+            self._endings.add(lambda: self._ended(connection, unsaid), bridge.sent, bridge.received)
+
+    def _ended(self, connection: Connection, unsaid: bool) -> str:
+        """@param unsaid: whether its beginning was not logged."""
+        bridge = connection.bridge
         seconds = self._reactor.seconds() - connection.began
-        (self._log.info if ending.is_clean else self._log.warn)(
-            "{text}",
-            text=f"{self._local.section}: {connection} {ending},"
+        return (
+            f"{self._local.section}: {connection} {bridge.ending},"
             f" {exact_amount(bridge.sent)} sent, {exact_amount(bridge.received)} received,"
             f" {seconds:.1f} s, {rate(bridge.sent + bridge.received, seconds)};"
             f" {_left_over(bridge)}; {connection.path}"
-            + (f", {self._stream_of(connection)}" if unsaid else ""),
+            + (f", {self._stream_of(connection)}" if unsaid else "")
         )
+
+
+def _say(text: str) -> None:
+    # Twisted takes long to put many fields together.
+    _log.info("{text}", text=text)
 
 
 def _left_over(bridge: Bridge) -> str:

@@ -1,46 +1,36 @@
 """
-What a reactor watches, with a producer that it may hold.
+What a reactor watches, alone and with a producer that it may hold.
 
-The same as Twisted's C{FileDescriptor}, as far as sockets that queue by reference need it, and
-without inheriting from it: what inherits from interpreted classes cannot be compiled
-(docs/decisions/0024), and these are called for every turn of every socket.
+The same as Twisted's C{FileDescriptor}, as far as our sockets need it, and without inheriting
+from it: what inherits from interpreted classes cannot be compiled (docs/decisions/0024), and
+these are called for every turn of every socket.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Descriptor"]
+__all__ = ["Consumer", "Descriptor"]
 
 
 class Descriptor:
     """
-    @ivar connected: whether the connection is there.
-    @ivar disconnected: whether it is over, and everybody was told.
-    @ivar disconnecting: whether it is to be closed when what is queued was sent.
-    @ivar producer: of either kind; L{None} if there is none.
-    @ivar streamingProducer: whether it is a push producer.
-    @ivar producerPaused: whether it was told to wait.
+    @ivar connected: whether there is something to watch.
+    @ivar disconnected: whether that is over, and everybody was told.
     """
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
         self.connected = True
         self.disconnected = False
-        self.disconnecting = False
-        self.producer: Any = None
-        self.streamingProducer = False
-        self.producerPaused = False
-
-    # For the reactor
 
     def doRead(self) -> None:
         """There is something to read, or nothing more will be.  For subclasses."""
         raise NotImplementedError
 
     def logPrefix(self) -> str:
-        """Who this is, for the log.  For subclasses."""
-        raise NotImplementedError
+        """Who this is, for the log."""
+        return type(self).__name__
 
     def startReading(self) -> None:
         self.reactor.addReader(self)
@@ -54,7 +44,29 @@ class Descriptor:
     def stopWriting(self) -> None:
         self.reactor.removeWriter(self)
 
-    # For who produces what is written
+    def _forget(self) -> None:
+        """It is over: nothing is watched any more."""
+        self.connected, self.disconnected = False, True
+        self.stopReading()
+        self.stopWriting()
+
+
+class Consumer(Descriptor):
+    """
+    One that can be written to.
+
+    @ivar disconnecting: whether it is to be closed when what is queued was sent.
+    @ivar producer: of either kind; L{None} if there is none.
+    @ivar streamingProducer: whether it is a push producer.
+    @ivar producerPaused: whether it was told to wait.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        super().__init__(reactor)
+        self.disconnecting = False
+        self.producer: Any = None
+        self.streamingProducer = False
+        self.producerPaused = False
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """
@@ -85,8 +97,6 @@ class Descriptor:
         """See C{ITransport.loseConnection}.  For subclasses."""
         raise NotImplementedError
 
-    # Inside
-
     def _hold_producer(self) -> None:
         """Pause a push producer, unless it is paused."""
         if self.producer is not None and self.streamingProducer and not self.producerPaused:
@@ -94,10 +104,8 @@ class Descriptor:
             self.producer.pauseProducing()
 
     def _forget(self) -> None:
-        """The connection is over: nothing is watched any more, and nothing wanted of a producer."""
         self.connected, self.disconnected = False, True
         producer, self.producer = self.producer, None
         if producer is not None:
             producer.stopProducing()
-        self.stopReading()
-        self.stopWriting()
+        super()._forget()

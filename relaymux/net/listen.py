@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 from collections.abc import Callable
 from socket import (
     AF_INET,
@@ -17,17 +18,27 @@ from socket import (
 )
 from typing import Any
 
-from twisted.internet.abstract import FileDescriptor
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IAddress, IDelayedCall, IListeningPort, IProtocol, IProtocolFactory
+from twisted.internet.interfaces import (
+    IAddress,
+    IDelayedCall,
+    IListeningPort,
+    ILoggingContext,
+    IProtocol,
+    IProtocolFactory,
+    IReadDescriptor,
+)
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from relaymux.errors import TransportError
 from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
+from relaymux.net.descriptor import Descriptor
 from relaymux.net.families import transport_for
+
+_log = Logger("relaymux.net.listen")
 
 __all__ = ["SocketListener", "bind_tcp", "listen_on"]
 
@@ -62,11 +73,8 @@ _ONE_CONNECTION = (
 Prepare = Callable[[socket], None]
 
 
-@implementer(IListeningPort)
-class SocketListener(FileDescriptor):
+class SocketListener(Descriptor):
     """Accepts from one listening socket, TCP or UNIX."""
-
-    _log = Logger()
 
     def __init__(
         self,
@@ -91,15 +99,19 @@ class SocketListener(FileDescriptor):
             made for it.
         """
         super().__init__(reactor)
+        self.connected = False
         self._clock = reactor
         sock.setblocking(False)
         self._socket = sock
+        # Asking whether another one waits costs less than an accept() in vain.
+        self._look = select.poll()
+        self._look.register(sock, select.POLLIN)
         self._factory = factory
         self._pool = pool
         self._prepare = prepare
         self._flush_seconds = flush_seconds
         self._closed = closed
-        self._address = address or address_of(sock, sock.getsockname())
+        self._address = address or address_of(sock.getsockname())
         self._pause: IDelayedCall | None = None
         self._short = False
 
@@ -111,7 +123,7 @@ class SocketListener(FileDescriptor):
 
     def startListening(self) -> None:
         self._factory.doStart()
-        self.connected = 1
+        self.connected = True
         self.startReading()
 
     def stopListening(self) -> Deferred[None]:
@@ -129,7 +141,7 @@ class SocketListener(FileDescriptor):
     def _close(self) -> None:
         if not self.connected:
             return
-        super().connectionLost(Failure(TransportError(f"{describe(self._address)} stopped listening")))
+        self._forget()
         if self._pause is not None and self._pause.active():
             self._pause.cancel()
         self._socket.close()
@@ -152,7 +164,9 @@ class SocketListener(FileDescriptor):
                 self._wait_for_descriptors(error)
                 return
             self._short = False
-            self._accepted(sock, address_of(sock, raw))
+            self._accepted(sock, address_of(raw))
+            if not self.connected or not self._look.poll(0):
+                return
 
     def _accepted(self, sock: socket, peer: IAddress) -> None:
         """One connection's trouble must not end the listener: it is logged and closed."""
@@ -165,7 +179,7 @@ class SocketListener(FileDescriptor):
                 return
             transport = transport_for(self._clock, sock, protocol, self._pool, peer, self._flush_seconds)
         except Exception:
-            self._log.failure(
+            _log.failure(
                 "closing the connection from {peer} accepted on {address}",
                 peer=describe(peer),
                 address=describe(self._address),
@@ -176,7 +190,7 @@ class SocketListener(FileDescriptor):
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         if not self._short:
-            self._log.error(
+            _log.error(
                 "cannot accept on {address}: {reason}; trying again every {pause} s,"
                 " connections wait meanwhile (raise LimitNOFILE, or look for what holds descriptors)",
                 address=describe(self._address),
@@ -186,6 +200,9 @@ class SocketListener(FileDescriptor):
         self._short = True
         self.stopReading()
         self._pause = self._clock.callLater(SHORTAGE_PAUSE, self.startReading)
+
+
+classImplements(SocketListener, ILoggingContext, IListeningPort, IReadDescriptor)
 
 
 def listen_on(

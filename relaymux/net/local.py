@@ -15,10 +15,9 @@ from collections import deque
 from functools import partial
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IAddress, IProtocol, IReactorTime
-from twisted.internet.protocol import Factory
-from twisted.logger import Logger
+from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory, IReactorTime
 from twisted.python.failure import Failure
+from zope.interface import classImplements
 
 from relaymux.errors import ErrorCode
 from relaymux.net.addresses import describe
@@ -33,10 +32,8 @@ from relaymux.net.streams import OpenRequest
 __all__ = ["LocalDialer", "LocalListener"]
 
 
-class LocalListener(Factory):
+class LocalListener:
     """The factory for a section's listening socket: one stream per connection, in order."""
-
-    noisy = False
 
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
         self._peer = peer
@@ -48,8 +45,13 @@ class LocalListener(Factory):
         """What went through so far."""
         return self.connections.totals
 
-    # It has no attribute for its factory, which Twisted's own buildProtocol would set.
-    def buildProtocol(self, addr: IAddress | None) -> LocalEnd | None:  # type: ignore[override]
+    def doStart(self) -> None:
+        """See C{IProtocolFactory.doStart}."""
+
+    def doStop(self) -> None:
+        """See C{IProtocolFactory.doStop}."""
+
+    def buildProtocol(self, addr: IAddress | None) -> LocalEnd | None:
         """See C{IProtocolFactory.buildProtocol}."""
         if self.connections.full:
             self.connections.refused("a connection")
@@ -72,10 +74,11 @@ class LocalListener(Factory):
         connection.bridge.refuse(reason)
 
 
+classImplements(LocalListener, IProtocolFactory)
+
+
 class LocalDialer:
     """The service behind a section with C{connect}: dials its socket for each of the peer's streams."""
-
-    _log = Logger("relaymux.socket")
 
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
         self._reactor = reactor

@@ -9,7 +9,7 @@ from socket import socket
 from typing import Any
 
 from relaymux.interfaces import Buffer, IBufferReceiver
-from relaymux.net.descriptor import Descriptor
+from relaymux.net.descriptor import Consumer
 
 __all__ = ["SendingSocket", "total_length"]
 
@@ -32,7 +32,7 @@ def total_length(buffers: Sequence[Buffer]) -> int:
     return sum(map(len, buffers))
 
 
-class SendingSocket(Descriptor):
+class SendingSocket(Consumer):
     """
     A connected socket as a consumer.
 

@@ -49,6 +49,7 @@ from twisted.internet.interfaces import (
     ITransport,
 )
 from twisted.internet.main import CONNECTION_LOST
+from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import classImplements
@@ -98,8 +99,8 @@ class SocketTransport(ReceivingSocket):
         self._timers: list[IDelayedCall] = []
         self._log_prefix = _prefix(protocol)
         # Asked now, since nobody can ask a closed socket.
-        self._host = address_of(sock, sock.getsockname())
-        self._peer = peer or address_of(sock, sock.getpeername())
+        self._host = address_of(sock.getsockname())
+        self._peer = peer or address_of(sock.getpeername())
 
     def begin(self) -> None:
         """
@@ -328,7 +329,7 @@ class SocketTransport(ReceivingSocket):
                 timer.cancel()
         self._input_open = self._output_open = False
         self._drop_queue()
-        reason = Failure(error)
+        reason = connectionDone if type(error) is ConnectionDone else Failure(error)
         self._forget()
         self.socket.close()
         self.protocol.connectionLost(reason)

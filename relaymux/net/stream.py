@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.error import ConnectionAborted, ConnectionDone
+from twisted.internet.error import ConnectionAborted
 from twisted.internet.interfaces import (
     IAddress,
     IConsumer,
@@ -22,6 +22,7 @@ from twisted.internet.interfaces import (
     IPushProducer,
     ITransport,
 )
+from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import classImplements, implementer
@@ -358,7 +359,7 @@ class StreamTransport:
             # The consumer was given the last bytes just now, and hears of their end first.
             self._finish_pending = False
             self._call(half_closeable.readConnectionLost)
-        self.ended(reason or Failure(ConnectionDone()))
+        self.ended(reason or connectionDone)
 
     # Inside.
 

@@ -107,8 +107,9 @@ class LocalSockets:
             served.connections.tell_progress()
 
     def tell_totals(self) -> None:
-        """Log what there was in all."""
+        """Log what there was in all, after what is left to say of each connection."""
         for served in self.served:
+            served.connections.rest()
             self._log.info(
                 "{section}: in all {totals}", section=served.section.label, totals=served.connections.totals
             )
