@@ -10,6 +10,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.compiled import compiled_modules
+
 PROJECT = Path(__file__).parent.parent
 
 #: Everything is told to the core by calls, bytes and a number for the time; it does no input and
@@ -124,6 +126,24 @@ class LayerTests(SynchronousTestCase):
             "    importlib.import_module(name)\n"
             "    if 'twisted.internet.reactor' in sys.modules:\n"
             "        sys.exit(name + ' installs a reactor')\n"
+        )
+        self.assertEqual(output, "")
+
+    def test_bases_of_what_is_compiled(self) -> None:
+        """
+        No class of a module that is compiled inherits from one that is not: mypyc, which does not
+        look at that one, would leave the base out, and what is compiled would crash.
+        """
+        modules = compiled_modules()[1:]
+        known = {*modules, "builtins", "enum", "typing"}
+        output = run_python(
+            "import importlib\n"
+            f"for module in {modules!r}:\n"
+            "    for kind in vars(importlib.import_module(module)).values():\n"
+            "        if isinstance(kind, type) and kind.__module__ == module:\n"
+            f"            wrong = [base for base in kind.__bases__ if base.__module__ not in {known!r}]\n"
+            "            if wrong:\n"
+            "                print(module, kind, wrong)\n"
         )
         self.assertEqual(output, "")
 
