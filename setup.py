@@ -1,6 +1,6 @@
 """
-The build is described in pyproject.toml; this file adds what is compiled where that is possible: the core, by
-mypyc, and C{relaymux.net._native}, which is written in C.  relaymux works the same without, for more CPU per
+The build is described in pyproject.toml; this file adds what is compiled where that is possible: the core and
+the way of the bytes through C{relaymux.net}, by mypyc, and C{relaymux.net._native}, which is written in C.  relaymux works the same without, for more CPU per
 byte.
 
 C{RELAYMUX_COMPILE=auto}, the default, compiles where a C compiler and Python's headers work, and says so
@@ -21,9 +21,10 @@ from pathlib import Path
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
-#: Typed, free of Twisted, and busy with every byte.  core's events, handshake and resume are not among them:
-#: their dataclasses do not survive mypyc.
-CORE = (
+#: What is busy with every byte or every connection.  No class here inherits from one that is not compiled
+#: (tests/test_layers.py).  core's events, handshake and resume are not among them: their dataclasses do not
+#: survive mypyc.
+COMPILED = (
     "relaymux.core.budget",
     "relaymux.core.flight",
     "relaymux.core.frames",
@@ -127,7 +128,7 @@ def check_compiler() -> None:
 
 def _extensions() -> list[Extension]:
     """
-    @raise CannotCompile: if mypyc is not there, or finds fault with the core.
+    @raise CannotCompile: if mypyc is not there, or finds fault with what it compiles.
     """
     try:
         from mypyc.build import mypycify
@@ -140,19 +141,19 @@ def _extensions() -> list[Extension]:
         "--follow-imports=skip",
         "--ignore-missing-imports",
     ]
-    files = [name.replace(".", "/") + ".py" for name in CORE]
+    files = [name.replace(".", "/") + ".py" for name in COMPILED]
     try:
         # Names the library that all these modules share, so that it is within the package.
         group = "relaymux.compiled"
-        core = mypycify([*options, *files], opt_level="2", target_dir="build/mypyc", group_name=group)
+        modules = mypycify([*options, *files], opt_level="2", target_dir="build/mypyc", group_name=group)
     except (Exception, SystemExit) as error:
         raise CannotCompile(f"mypyc fails ({_reason(error)}); see what it says above") from error
-    for extension in core:
+    for extension in modules:
         # A warning about generated code, from a compiler that mypyc does not know yet, is no reason to fail.
         extension.extra_compile_args = [flag for flag in extension.extra_compile_args if flag != "-Werror"]
     native = Extension(NATIVE, [NATIVE.replace(".", "/") + ".c"], extra_compile_args=["-O2", *_WARNINGS])
     # The quicker one to fail first.
-    return [native, *core]
+    return [native, *modules]
 
 
 def main() -> None:

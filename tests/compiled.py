@@ -29,7 +29,7 @@ print(json.dumps([file_of(name) for name in sys.argv[1:]]))
 def compiled_modules() -> list[str]:
     """@return: the dotted names of what setup.py compiles."""
     described = runpy.run_path(str(PROJECT / "setup.py"))
-    return [described["NATIVE"], *described["CORE"]]
+    return [described["NATIVE"], *described["COMPILED"]]
 
 
 def files_command() -> list[str]:

@@ -2,8 +2,8 @@
 Which parts of this installation are compiled.
 
 Two are, where it was made with a C compiler at hand: the innermost loops of the data
-path (F{_native.c}, which has a twin in Python for all it does), and the hot
-modules of the core, from the same source that is else interpreted.
+path (F{_native.c}, which has a twin in Python for all it does), and the core with the
+modules around it that each byte passes, from the same source that is else interpreted.
 """
 
 from __future__ import annotations
