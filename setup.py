@@ -1,7 +1,7 @@
 """
 The build is described in pyproject.toml; this file adds what is compiled where that is possible: the core and
-the way of the bytes through C{relaymux.net}, by mypyc, and C{relaymux.net._native}, which is written in C.  relaymux works the same without, for more CPU per
-byte.
+the way of the bytes through C{relaymux.net}, by mypyc, and C{relaymux.net._native}, which is written in C.
+relaymux works the same without, for more CPU per byte.
 
 C{RELAYMUX_COMPILE=auto}, the default, compiles where a C compiler and Python's headers work, and says so
 where they do not; C{0} never compiles, C{1} fails where it cannot.

@@ -38,13 +38,14 @@ def read_exactly(connection: socket.socket, count: int) -> bytes:
 class Daemon:
     """One C{twistd relaymux}, in the foreground, its output in a file."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, *options: str) -> None:
+        """@param options: of twistd."""
         self._log = config.with_suffix(".log")
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", "from twisted.scripts.twistd import run; run()"),
-                    *("--nodaemon", "--pidfile=", "relaymux", "--config", str(config)),
+                    *("--nodaemon", "--pidfile=", *options, "relaymux", "--config", str(config)),
                 ],
                 # Relative paths in the file do not depend on it.
                 cwd="/",

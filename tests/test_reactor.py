@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from twisted.internet import error
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.threads import deferToThreadPool
 from twisted.python.threadpool import ThreadPool
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from relaymux.net.buffers import BufferPool
 from relaymux.net.descriptor import Descriptor
 from relaymux.net.families import transport_for
 from relaymux.net.reactor import RelayReactor
+from tests.daemons import Daemon
 from tests.sockets import Recorder, content
 
 #: Seconds after which a test is given up.
@@ -202,6 +205,34 @@ install()
 from twisted.internet import reactor
 print(type(reactor).__name__)
 """
+
+
+class DaemonTests(TestCase):
+    """Which reactor C{twistd relaymux} runs with."""
+
+    def reactor_class(self, *options: str) -> str:
+        """@return: what twistd says of it, with C{options} for twistd."""
+        directory = Path(self.mktemp())
+        directory.mkdir()
+        config = directory / "relay.ini"
+        config.write_text(
+            "[relay]\nname = hv-a\n[link hv-b]\ntransport = unix\nlisten = link\n"
+            "[stream ram]\nlink = hv-b\nlisten = ram\n"
+        )
+        daemon = Daemon(config.resolve(), *options)
+        self.addCleanup(daemon.kill)
+        daemon.wait_for(" started: ")
+        self.assertEqual(daemon.stop(), 0, daemon.output())
+        [name] = re.findall(r"reactor class: (.*)\.", daemon.output())
+        return str(name)
+
+    def test_ours(self) -> None:
+        """It brings its own."""
+        self.assertEqual(self.reactor_class(), "relaymux.net.reactor.RelayReactor")
+
+    def test_chosen(self) -> None:
+        """Whoever chooses one gets it."""
+        self.assertIn("PollReactor", self.reactor_class("--reactor", "poll"))
 
 
 class InstallTests(SynchronousTestCase):
