@@ -125,6 +125,9 @@ class Stream:
         try:
             output, errors = process.communicate(timeout=max(seconds, 0.1))
         except subprocess.TimeoutExpired:
+            for other, its_process in self._ends.items():
+                if other != role and its_process.poll():
+                    self._report(other, 1.0)  # what this one has waited for in vain
             raise BenchmarkError(f"the {role} at {address} is not done in time") from None
         if process.returncode:
             said = errors.decode(errors="replace").strip()

@@ -142,11 +142,13 @@ def connect(role: str, address: str) -> socket.socket:
         connection.connect(place)
         return connection
     with connection as port:
-        port.bind(place)
+        port.bind(f"{address}~" if local else place)
+        port.listen()
         if local:
             # A relay may run as another user; the directory keeps everybody else out.
-            Path(address).chmod(0o777)
-        port.listen()
+            Path(f"{address}~").chmod(0o777)
+            # It gets its name now that who has seen that can connect.
+            Path(f"{address}~").rename(address)
         return port.accept()[0]
 
 

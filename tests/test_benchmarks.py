@@ -145,6 +145,33 @@ class TrafficTests(BenchmarkCase):
                 stream._report("source", 30)
         self.assertIn("nobody", str(caught.exception))
 
+    def test_who_has_failed(self) -> None:
+        """A sink that has waited in vain is not what is wrong: the source is."""
+        with Stream(self.directory / "nobody", self.directory / "out") as stream:
+            stream.start([])
+            with self.assertRaises(BenchmarkError) as caught:
+                stream.finish(1)
+        self.assertIn("the source at", str(caught.exception))
+
+    def check_name(self) -> None:
+        """As soon as a sink's socket has its name, a source can connect to it."""
+        for number in range(20):
+            path = self.directory / f"direct{number}"
+            with Stream(path, path) as stream:
+                stream.start(["--bytes", BLOCK_BYTES])
+                self.assertEqual(stream.finish(30).total_bytes, BLOCK_BYTES)
+                self.assertEqual([other.name for other in self.directory.glob("*~")], [])
+
+    def test_name(self) -> None:
+        """With the ends in C."""
+        self.need_compiler()
+        self.check_name()
+
+    def test_name_without_compiler(self) -> None:
+        """And with those in Python."""
+        self.without_compiler()
+        self.check_name()
+
     def test_python_stamps_tell_where_a_block_belongs(self) -> None:
         """Offsets are checked wherever in a read they lie; a block in the wrong place is noticed."""
         for offset in (0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, 7 * BLOCK_BYTES + 5):

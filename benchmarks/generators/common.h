@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
@@ -85,10 +86,14 @@ static inline int dial(const char *text)
 	return fd;
 }
 
+/* A UNIX socket gets its name when it listens: who has seen the name can connect. */
 static inline int listen_at(const char *text)
 {
+	char unnamed[PATH_MAX];
+	int local = strchr(text, '/') != NULL;
+	snprintf(unnamed, sizeof unnamed, "%s%s", text, local ? "~" : "");
 	union address address;
-	socklen_t length = parse_address(text, &address);
+	socklen_t length = parse_address(unnamed, &address);
 	int yes = 1;
 	int fd = socket(address.any.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
@@ -96,7 +101,8 @@ static inline int listen_at(const char *text)
 	umask(0);
 	if (fd >= 0 && address.any.sa_family == AF_INET)
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-	if (fd < 0 || bind(fd, &address.any, length) || listen(fd, 1024))
+	if (fd < 0 || bind(fd, &address.any, length) || listen(fd, 1024) ||
+	    (local && rename(unnamed, text)))
 		fail("%s: %s", text, strerror(errno));
 	return fd;
 }
