@@ -140,6 +140,7 @@ def _extensions() -> list[Extension]:
         f"--cache-dir={os.devnull}",
         "--follow-imports=skip",
         "--ignore-missing-imports",
+        "--no-site-packages",
     ]
     files = [name.replace(".", "/") + ".py" for name in COMPILED]
     try:

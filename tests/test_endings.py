@@ -44,6 +44,23 @@ class EndingsTests(SynchronousTestCase):
         self.assertEqual(self.lines[MOST_LINES:], [summary, "line 0", "line 1"])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
+    def test_after_the_rest(self) -> None:
+        """Who ends when the daemon has stopped is said at once."""
+        self.end(MOST_LINES + 50)
+        self.endings.rest()
+        self.end(3)
+        self.assertEqual(self.lines[-3:], ["line 0", "line 1", "line 2"])
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_clock_set_back(self) -> None:
+        """A reactor that follows the wall clock may go back: no line waits longer than for a second."""
+        self.end(MOST_LINES)
+        self.clock.rightNow -= 10_000
+        self.end(MOST_LINES + 1)
+        self.assertEqual(len(self.lines), 2 * MOST_LINES)
+        self.clock.advance(INTERVAL)
+        self.assertIn("1 more connections", self.lines[-1])
+
     def test_nothing_is_lost(self) -> None:
         """What was not said is said when the daemon stops."""
         self.end(MOST_LINES + 1)

@@ -314,6 +314,25 @@ class ProducerTests(StreamTestCase):
         self.assertEqual(producer.calls, ["pause", "resume"])
         self.assertEqual(far_protocol.received, bytes(WINDOW) + b"xy")
 
+    def test_as_others_call_it(self) -> None:
+        """Twisted's own Chargen and FilePager say 1 and 0, and some write views: compiled or not."""
+        near, _, far, far_protocol = self.connect()
+        far.pauseProducing()
+        producer: Any = Producer()
+        streaming: Any = 1
+        near.registerProducer(producer, streaming)
+        near.write(memoryview(bytes(WINDOW)))
+        near.write(b"x")
+        self.assertEqual(producer.calls, ["pause"])
+        far.resumeProducing()
+        self.settle()
+        self.assertEqual(far_protocol.received, bytes(WINDOW) + b"x")
+        near.unregisterProducer()
+        streaming = 0
+        producer.resumeProducing = lambda: near.unregisterProducer()
+        near.registerProducer(producer, streaming)
+        near.registerProducer(Producer(), True)
+
     def test_registered_late(self) -> None:
         """A producer that is registered while bytes wait is paused at once."""
         near, _, far, _ = self.connect()

@@ -157,6 +157,48 @@ class ReactorTests(SynchronousTestCase):
         self.assertIsInstance(far_end.reason, ZeroDivisionError)
         self.assertNotIn("lost", other_end.events[:-1])
 
+    def test_far_timer(self) -> None:
+        """A timer that is further away than epoll can wait does no harm."""
+        self.late.cancel()
+        self.reactor.callLater(30 * 86_400, self.fail)
+        near, _, _, far_end = self.pair()
+        self.reactor.callWhenRunning(near.write, b"a")
+        self.stop_when(far_end, lambda: True)
+        self.run_reactor()
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_iterate(self) -> None:
+        """One turn is one turn, for who turns the reactor by hand."""
+        near, _, far, far_end = self.pair()
+        self.late.cancel()
+        near.begin()
+        far.begin()
+        near.write(b"a")
+        for _ in range(2):
+            self.reactor.wakeUp()  # else it would wait
+            self.reactor.iterate(0)
+        self.assertEqual(far_end.received, b"a")
+
+    def test_exception_about_an_exception(self) -> None:
+        """One who fails again when told of the end is logged, and who comes after is served."""
+        near, _, _, far_end = self.pair()
+        other, _, _, other_end = self.pair()
+
+        def fail() -> None:
+            raise ZeroDivisionError("on purpose")
+
+        def fail_again(reason: object) -> None:
+            raise KeyError("again")
+
+        far_end.on_data = fail
+        far_end.connectionLost = fail_again  # type: ignore[method-assign, assignment]
+        self.reactor.callWhenRunning(near.write, b"a")
+        self.reactor.callWhenRunning(other.write, b"b")
+        self.stop_when(other_end, lambda: True)
+        self.run_reactor()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
+
     def test_end(self) -> None:
         """The end of a connection is told, whichever side makes it."""
         near, near_end, _, far_end = self.pair()

@@ -209,6 +209,23 @@ class DataTests:
         transport.abortConnection()
         await self.until(lambda: producer.calls[3:] == ["stop"], "the producer was stopped")
 
+    async def test_as_others_call_it(self: Any) -> None:
+        """Callers that say 1 and 0, and that write views, are understood: compiled or not."""
+        transport, _ = self.connect(Recorder())
+        producer: Any = Producer()
+        transport.registerProducer(producer, 1)
+        while not producer.calls:
+            transport.write(memoryview(LARGE))
+        self.assertEqual(producer.calls, ["pause"])
+        transport.unregisterProducer()
+        pulled: Any = Producer()
+        transport.registerProducer(pulled, 0)
+        self.assertEqual(pulled.calls, ["resume"])
+        if transport.socket.family == socket.AF_INET:
+            transport.setTcpNoDelay(1)
+            transport.setTcpKeepAlive(0)
+            self.assertEqual((transport.getTcpNoDelay(), transport.getTcpKeepAlive()), (True, False))
+
     async def test_producer_registered_late(self: Any) -> None:
         """Who registers while bytes wait is paused at once, whatever became of the one before."""
         transport, peer = self.connect(Recorder())

@@ -166,6 +166,20 @@ class EstablishedTests(TLSTestCase):
         client.transport.registerProducer(late := Producer(), True)
         self.assertEqual(late.calls, ["stop"])
 
+    async def test_as_others_call_it(self) -> None:
+        """Callers that say 1 and 0, and that write views, are understood: compiled or not."""
+        client, server = await self.pair()
+        transport: Any = client.transport
+        producer: Any = Producer()
+        transport.registerProducer(producer, 1)
+        transport.write(memoryview(LARGE))
+        await self.arrived(server, len(LARGE))
+        self.assertEqual(server.received, LARGE)
+        transport.unregisterProducer()
+        pulled: Any = Producer()
+        transport.registerProducer(pulled, 0)
+        await self.until(lambda: pulled.calls == ["resume"], "it was asked")
+
     async def test_producer_registered_late(self) -> None:
         """Who registers while bytes wait is paused at once."""
         client, server = await self.pair()

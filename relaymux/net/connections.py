@@ -157,9 +157,9 @@ class Connections:
             self._apart.hurry()
 
     def rest(self) -> None:
-        """Say what was not said yet: no more connections will come, or end."""
+        """Say what was not said yet: no more connections will come, and those that there are may not end."""
         self._say_open()
-        self._endings.sum_up()
+        self._endings.rest()
 
     def _number_one(self, bridge: Bridge) -> Connection:
         self._number += 1
@@ -292,7 +292,7 @@ class Connections:
         if not ending.is_clean:
             self.totals.failed += 1
             _log.warn("{text}", text=self._ended(connection, unsaid))
-        elif connection.disk is not None or not unsaid:
+        elif connection.disk is not None or not unsaid or bridge.undelivered or bridge.untaken:
             _say(self._ended(connection, unsaid))
         else:
             self._endings.add(lambda: self._ended(connection, unsaid), bridge.sent, bridge.received)

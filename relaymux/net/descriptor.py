@@ -68,10 +68,11 @@ class Consumer(Descriptor):
         self.streamingProducer = False
         self.producerPaused = False
 
-    def registerProducer(self, producer: Any, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: object) -> None:
         """
         See C{IConsumer.registerProducer}.
 
+        @param streaming: true for a push producer; some of Twisted's own callers say 1 or 0.
         @raise RuntimeError: there is one already.
         """
         if self.producer is not None:
@@ -79,7 +80,7 @@ class Consumer(Descriptor):
         if self.disconnected:
             producer.stopProducing()
             return
-        self.producer, self.streamingProducer, self.producerPaused = producer, streaming, False
+        self.producer, self.streamingProducer, self.producerPaused = producer, bool(streaming), False
         if not streaming:
             producer.resumeProducing()
 

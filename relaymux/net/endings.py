@@ -31,6 +31,7 @@ class Endings:
         self._say = say
         self._until = float("-inf")
         self._left = 0
+        self._rests = False
         self._unsaid = 0
         self._sent = 0
         self._received = 0
@@ -45,18 +46,23 @@ class Endings:
         @param received: bytes that it gave to it.
         """
         now = self._reactor.seconds()
-        if now >= self._until and self._timer is None:
+        if self._timer is None and not self._until - INTERVAL <= now < self._until:
             self._until = now + INTERVAL
             self._left = MOST_LINES
-        if self._left:
-            self._left -= 1
+        if self._left or self._rests:
+            self._left = max(0, self._left - 1)
             self._say(line())
             return
         self._unsaid += 1
         self._sent += sent
         self._received += received
         if self._timer is None:
-            self._timer = self._reactor.callLater(max(0.0, self._until - now), self.sum_up)
+            self._timer = self._reactor.callLater(self._until - now, self.sum_up)
+
+    def rest(self) -> None:
+        """Say what was not said yet, and from now on each by itself: nobody may be there to sum up."""
+        self._rests = True
+        self.sum_up()
 
     def sum_up(self) -> None:
         """Say what was not said yet."""

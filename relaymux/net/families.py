@@ -72,14 +72,14 @@ class TCPTransport(SocketTransport):
     def getTcpNoDelay(self) -> bool:
         return bool(self.socket.getsockopt(IPPROTO_TCP, TCP_NODELAY))
 
-    def setTcpNoDelay(self, enabled: bool) -> None:
-        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, enabled)
+    def setTcpNoDelay(self, enabled: object) -> None:
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, bool(enabled))
 
     def getTcpKeepAlive(self) -> bool:
         return bool(self.socket.getsockopt(SOL_SOCKET, SO_KEEPALIVE))
 
-    def setTcpKeepAlive(self, enabled: bool) -> None:
-        self.socket.setsockopt(SOL_SOCKET, SO_KEEPALIVE, enabled)
+    def setTcpKeepAlive(self, enabled: object) -> None:
+        self.socket.setsockopt(SOL_SOCKET, SO_KEEPALIVE, bool(enabled))
 
 
 class UNIXTransport(SocketTransport):

@@ -146,7 +146,7 @@ class LinkProtocol:
         self.flush()
         self._schedule()
 
-    def dataReceived(self, data: bytes) -> None:
+    def dataReceived(self, data: Buffer) -> None:
         self.buffersReceived((memoryview(data),))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:

@@ -38,8 +38,22 @@ _USED = (
 )
 
 
+#: Seconds to wait at most: epoll_wait(2) takes milliseconds as an int.
+LONGEST_WAIT = 2_000_000.0
+
+
 class RelayReactor(EPollReactor):
     """The reactor of C{twistd relaymux}."""
+
+    _once = False
+
+    def iterate(self, delay: float = 0.0) -> None:
+        """See C{IReactorCore.iterate}."""
+        self._once = True
+        try:
+            super().iterate(delay)
+        finally:
+            self._once = False
 
     def doPoll(self, timeout: float | None) -> None:
         """
@@ -59,10 +73,10 @@ class RelayReactor(EPollReactor):
                     callWithLogger(selectable, this._doReadOrWrite, selectable, descriptor, event)
             if not events or this.threadCallQueue or this._newTimedCalls or this._justStopped:
                 return
-            if not this.running:
+            if self._once or not this.running:
                 return
             timers = this._pendingTimedCalls
-            timeout = timers[0].time - this.seconds() if timers else None
+            timeout = min(timers[0].time - this.seconds(), LONGEST_WAIT) if timers else None
             if timeout is not None and timeout <= 0:
                 return
 
@@ -75,7 +89,8 @@ class RelayReactor(EPollReactor):
             socket.doRead()
         except BaseException:
             _log.failure("exception from {socket}", socket=socket.logPrefix())
-            this._disconnectSelectable(socket, sys.exc_info()[1], False)
+            # In a context, as there an exception of whoever is told is logged and no more.
+            callWithLogger(socket, this._disconnectSelectable, socket, sys.exc_info()[1], False)
 
 
 def install() -> None:

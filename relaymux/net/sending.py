@@ -61,7 +61,7 @@ class SendingSocket(Consumer):
     def getHandle(self) -> socket:
         return self.socket
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Buffer) -> None:
         self.writeBuffers((data,))
 
     def writeSequence(self, iovec: Iterable[bytes]) -> None:
@@ -130,7 +130,7 @@ class SendingSocket(Consumer):
             queue[0] = memoryview(queue[0])[left:]
         return sent
 
-    def registerProducer(self, producer: Any, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: object) -> None:
         super().registerProducer(producer, streaming)
         if self._queue:
             self._hold_producer()

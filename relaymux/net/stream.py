@@ -166,7 +166,7 @@ class StreamTransport:
             and stream.receive.state in (ReceiveState.OPEN, ReceiveState.FINISHED)
         )
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Buffer) -> None:
         """Send C{data}.  Dropped after the end of our direction, as by any transport of Twisted's."""
         self.writeBuffers((data,))
 
@@ -183,12 +183,12 @@ class StreamTransport:
         if self.queuedBytes:
             self._call(self._producer.hold)
 
-    def registerProducer(self, producer: Any, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: object) -> None:
         """See C{IConsumer.registerProducer}."""
         if not self.writable:
             producer.stopProducing()
             return
-        self._producer.put(producer, streaming)
+        self._producer.put(producer, bool(streaming))
         if self.queuedBytes:
             self._call(self._producer.hold)
 

@@ -47,7 +47,7 @@ class EncryptingConsumer:
         """Plain bytes written that the kernel has not taken, encrypted."""
         return self._queued + self._encrypted
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Buffer) -> None:
         self.writeBuffers((data,))
 
     def writeSequence(self, data: Iterable[bytes]) -> None:
@@ -128,13 +128,13 @@ class EncryptingConsumer:
             self._producer_paused = True
             self._producer.pauseProducing()
 
-    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+    def registerProducer(self, producer: IProducer, streaming: object) -> None:
         if self._producer is not None:
             raise RuntimeError(f"cannot register {producer}: {self._producer} was never unregistered")
         if not self.connected:
             producer.stopProducing()
             return
-        self._producer, self._streaming, self._producer_paused = producer, streaming, False
+        self._producer, self._streaming, self._producer_paused = producer, bool(streaming), False
         if not streaming:
             self._drained()
         elif self.queuedBytes:

@@ -92,6 +92,8 @@ class LocalSockets:
         """Take no more connections for it; those that there are go on."""
         self._served.remove(served)
         self._close(served)
+        if not served.connections.open_count:
+            served.connections.rest()
         self._leaving = [other for other in (*self._leaving, served) if other.connections.open_count]
 
     def close(self) -> None:
