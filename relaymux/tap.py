@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -83,6 +84,10 @@ def _spare_the_collector() -> None:
 
 def _exit_with(service: RelayService) -> None:
     """twistd returns 0 from whatever stopped the reactor; say what the service has to say."""
+    # Python would take its handlers away next, and a signal that comes late kill a daemon that has
+    # said already how it ended.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if service.exit_status:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -160,6 +160,21 @@ class BackoffTests(DialerTests):
         self.assertGreater(len(way.attempts), 2)
         self.assertEqual(len(self.lines("something of Twisted's")), 1)
 
+    def test_endpoint_raises(self) -> None:
+        """One that raises, as when memory is short, has failed like any other and is tried again."""
+
+        def answer(_: IProtocolFactory) -> Deferred[Any]:
+            raise MemoryError
+
+        way = self.endpoint(answer)
+        self.dialer(way).start()
+        self.advance(5)
+        self.assertGreater(len(way.attempts), 3)
+        self.assertEqual(len(self.lines("no connection to way-0: MemoryError")), 1)
+        way.answer = self.connect
+        self.advance(20)
+        self.assertTrue(self.peer.is_up)
+
     def test_one_attempt_at_a_time(self) -> None:
         """While an attempt is under way there is no other."""
         way = self.endpoint(lambda _: Deferred())

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,8 +253,8 @@ print(type(reactor).__name__)
 class DaemonTests(TestCase):
     """Which reactor C{twistd relaymux} runs with."""
 
-    def reactor_class(self, *options: str) -> str:
-        """@return: what twistd says of it, with C{options} for twistd."""
+    def start(self, *options: str) -> Daemon:
+        """@return: a daemon that has started, with C{options} for twistd."""
         directory = Path(self.mktemp())
         directory.mkdir()
         config = directory / "relay.ini"
@@ -264,6 +265,11 @@ class DaemonTests(TestCase):
         daemon = Daemon(config.resolve(), *options)
         self.addCleanup(daemon.kill)
         daemon.wait_for(" started: ")
+        return daemon
+
+    def reactor_class(self, *options: str) -> str:
+        """@return: what twistd says of it."""
+        daemon = self.start(*options)
         self.assertEqual(daemon.stop(), 0, daemon.output())
         [name] = re.findall(r"reactor class: (.*)\.", daemon.output())
         return str(name)
@@ -275,6 +281,20 @@ class DaemonTests(TestCase):
     def test_chosen(self) -> None:
         """Whoever chooses one gets it."""
         self.assertIn("PollReactor", self.reactor_class("--reactor", "poll"))
+
+    def test_late_signals(self) -> None:
+        """A SIGTERM to a daemon that has ended already, and said how, does not make it a killed one."""
+        for _ in range(3):
+            daemon = self.start()
+            daemon.process.send_signal(signal.SIGTERM)
+            until = time.monotonic() + DEADLINE
+            # A second one before that is another matter: it ends a drain.
+            while "Server Shut Down" not in daemon.output() and time.monotonic() < until:
+                time.sleep(0.0003)
+            while daemon.process.poll() is None:
+                daemon.process.send_signal(signal.SIGTERM)
+                time.sleep(0.0005)
+            self.assertEqual(daemon.process.returncode, 0, daemon.output())
 
 
 class InstallTests(SynchronousTestCase):

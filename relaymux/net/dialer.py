@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybeDeferred
 from twisted.internet.interfaces import (
     IAddress,
     IDelayedCall,
@@ -150,7 +150,8 @@ class Dialer:
             return
         address, endpoint = self._ways[self._way]
         self._log.debug("link {peer}: dialling {address}", peer=self._peer.name, address=address)
-        attempt: Deferred[Any] = endpoint.connect(self._factory)
+        # An endpoint that raises has failed as one that says so: there may be no memory just now.
+        attempt: Deferred[Any] = maybeDeferred(endpoint.connect, self._factory)
         self._attempt = attempt
         if self._peer.open_streams:
             attempt.addTimeout(HELD_ATTEMPT, self._reactor, self._overdue)
@@ -171,7 +172,7 @@ class Dialer:
             return  # stopped: it was cancelled, or came to its end by itself just then
         error = reason.value
         permanent = isinstance(error, TransportError) and not error.retry
-        self._say(reason.getErrorMessage(), permanent=permanent)
+        self._say(reason.getErrorMessage() or type(error).__name__, permanent=permanent)
         self._again(permanent=permanent)
 
     def _again(self, *, permanent: bool) -> None:
