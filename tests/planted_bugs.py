@@ -27,6 +27,7 @@ CORE = ("tests/test_core_session.py", "tests/test_core_stream.py", "tests/test_r
 LINKS = ("tests/test_resume_core.py", "tests/test_resume_links.py")
 BUDGET = ("tests/test_budget.py", "tests/test_properties_budget.py")
 PEERS = ("tests/test_resume_peer.py", "tests/test_resume_links.py", "tests/test_net_peers.py")
+REACTOR = ("tests/test_reactor.py",)
 APART = ("tests/test_apart.py", "tests/test_given_up.py")
 
 
@@ -217,6 +218,41 @@ BUGS = (
         " <= disk.began < min(there, default=inf):",
         " <= disk.began:",
         APART,
+    ),
+    Bug(
+        "each stream's window may grow as the first one's",
+        "core/growth.py",
+        "turn = TURN_SECONDS if self.grown >= FIRST_BYTES else FIRST_TURN_SECONDS",
+        "turn = FIRST_TURN_SECONDS",
+        BUDGET,
+    ),
+    Bug(
+        "what a window had grown by counts after its stream has ended",
+        "core/growth.py",
+        "        window.drawn = 0\n        self._resize(window, window.least)\n",
+        "        window.drawn = 0\n",
+        BUDGET,
+    ),
+    Bug(
+        "the reactor looks at no new timer while sockets have something to read",
+        "net/reactor.py",
+        " or this._newTimedCalls",
+        "",
+        REACTOR,
+    ),
+    Bug(
+        "nor at other threads",
+        "net/reactor.py",
+        " or this.threadCallQueue",
+        "",
+        REACTOR,
+    ),
+    Bug(
+        "a dialler gives up for good when an endpoint raises",
+        "net/dialer.py",
+        "maybeDeferred(endpoint.connect, self._factory)",
+        "endpoint.connect(self._factory)",
+        ("tests/test_net_dialer.py",),
     ),
 )
 

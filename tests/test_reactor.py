@@ -116,6 +116,21 @@ class ReactorTests(SynchronousTestCase):
         self.run_reactor()
         self.assertEqual(called, ["first", "second"])
 
+    def test_timer_made_by_bulk(self) -> None:
+        """A timer that is made while sockets have always something to read is not forgotten."""
+        near, _, _, far_end = self.pair()
+        made: list[str] = []
+
+        def again() -> None:
+            if not made:
+                made.append("timer")
+                self.reactor.callLater(0.01, self.reactor.stop)
+            near.writeBuffers([LARGE[:1024]])
+
+        far_end.on_data = again
+        self.reactor.callWhenRunning(near.writeBuffers, [LARGE[:1024]])
+        self.run_reactor()
+
     def test_other_threads_beside_bulk(self) -> None:
         """So are calls from threads."""
         near, _, _, far_end = self.pair()
