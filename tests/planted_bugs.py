@@ -173,7 +173,7 @@ BUGS = (
     Bug(
         "windows grow by more than they draw from the memory of the daemon",
         "core/growth.py",
-        "            window.size += amount\n            window.drawn += amount\n",
+        "            self._resize(window, window.size + amount)\n            window.drawn += amount\n",
         "            window.size *= 2\n            window.drawn += amount\n",
         BUDGET,
     ),
