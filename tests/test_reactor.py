@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -270,14 +272,14 @@ class DaemonTests(TestCase):
 
     def start(self, *options: str) -> Daemon:
         """@return: a daemon that has started, with C{options} for twistd."""
-        directory = Path(self.mktemp())
-        directory.mkdir()
-        config = directory / "relay.ini"
+        directory = tempfile.mkdtemp(prefix="rm")
+        self.addCleanup(shutil.rmtree, directory)
+        config = Path(directory, "relay.ini")
         config.write_text(
             "[relay]\nname = hv-a\n[link hv-b]\ntransport = unix\nlisten = link\n"
             "[stream ram]\nlink = hv-b\nlisten = ram\n"
         )
-        daemon = Daemon(config.resolve(), *options)
+        daemon = Daemon(config, *options)
         self.addCleanup(daemon.kill)
         daemon.wait_for(" started: ")
         return daemon
