@@ -191,13 +191,12 @@ class Connections:
         """
         self._saying = None
         late = self._reactor.seconds() - SAY_SECONDS
-        if all(connection.began <= late for connection in self._unsaid.values()):
-            self._say_open()
-            return
-        lasting = [bridge for bridge, connection in self._unsaid.items() if connection.began <= late]
-        for bridge in lasting:
-            self._say_one(self._unsaid.pop(bridge))
-        self._saying = self._reactor.callLater(SAY_SECONDS, self._say_lasting)
+        for bridge, connection in list(self._unsaid.items()):
+            if connection.began <= late:
+                del self._unsaid[bridge]
+                self._say_one(connection)
+        if self._unsaid:
+            self._saying = self._reactor.callLater(SAY_SECONDS, self._say_lasting)
 
     def _say_open(self) -> None:
         """Log the connections that are open and not logged yet."""

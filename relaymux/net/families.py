@@ -85,17 +85,8 @@ class TCPTransport(SocketTransport):
 class UNIXTransport(SocketTransport):
     """A L{SocketTransport} whose peer the kernel knows: C{peerIdentity} is C{"uid:N"}."""
 
-    def __init__(
-        self,
-        reactor: Any,
-        sock: socket,
-        protocol: IProtocol,
-        pool: BufferPool,
-        peer: IAddress | None = None,
-        flush_seconds: float | None = None,
-    ) -> None:
-        super().__init__(reactor, sock, protocol, pool, peer, flush_seconds)
-        self.peerIdentity = f"uid:{peer_credentials(sock).uid}"
+    #: Set by L{transport_for}, as of when it was connected.
+    peerIdentity = ""
 
 
 classImplements(TCPTransport, ITCPTransport)
@@ -113,7 +104,9 @@ def transport_for(
     """Make the transport for C{sock}, by its family; parameters as of L{SocketTransport}."""
     if sock.family == AF_UNIX:
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, UNIX_SEND_BUFFER)
-        return UNIXTransport(reactor, sock, protocol, pool, peer, flush_seconds)
+        transport = UNIXTransport(reactor, sock, protocol, pool, peer, flush_seconds)
+        transport.peerIdentity = f"uid:{peer_credentials(sock).uid}"
+        return transport
     return TCPTransport(reactor, sock, protocol, pool, peer, flush_seconds)
 
 

@@ -38,9 +38,9 @@ from relaymux.net.buffers import BufferPool
 from relaymux.net.descriptor import Descriptor
 from relaymux.net.families import transport_for
 
-_log = Logger("relaymux.net.listen")
-
 __all__ = ["SocketListener", "bind_tcp", "listen_on"]
+
+_log = Logger("relaymux.net.listen")
 
 #: Connections that may wait to be accepted.  QEMU opens one per multifd
 #: channel at once, and a full UNIX backlog refuses with EAGAIN.
