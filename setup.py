@@ -60,6 +60,7 @@ COMPILED = (
     "relaymux.net.stream",
     "relaymux.net.streams",
     "relaymux.net.tlsengine",
+    "relaymux.net.tlsrecords",
     "relaymux.net.tlssockets",
     "relaymux.net.tlswriting",
     "relaymux.net.turns",

@@ -19,9 +19,9 @@ from relaymux.core.schedule import SHARED_FRAME
 from relaymux.interfaces import IBufferTransport, IExportingTransport, IIdentifiedTransport
 from relaymux.net import tlssockets
 from relaymux.net.link import FLUSH_BYTES, LinkProtocol
-from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE
 from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
-from tests.tls import AUTHORITY, SERVER, TLSTestCase
+from tests.tls import AUTHORITY, ENGINES, SERVER, TLSTestCase
 
 LARGE = content(6_000_000)
 
@@ -66,12 +66,12 @@ class EstablishedTests(TLSTestCase):
         """Much in both directions at once arrives as sent, as buffers and as bytes, by each engine."""
         back = content(len(LARGE), 7)
         for kind in (Recorder, PlainRecorder):
-            for engine in (FastEngine, Engine):
-                self.patch(tlssockets, "make_engine", engine)
+            for engine in ENGINES:
+                self.use(engine)
                 self.client = RecorderFactory(kind)
                 self.server = RecorderFactory(kind)
                 client, server = await self.pair()
-                self.assertIsInstance(client.transport._engine, engine)
+                self.assertIs(type(client.transport._engine), engine)
                 view = memoryview(LARGE)
                 client.transport.write(b"")
                 client.transport.write(bytes(view[:5]))
@@ -329,8 +329,8 @@ class EndTests(TLSTestCase):
 
     async def test_one_wrong_bit(self) -> None:
         """A changed bit ends the connection with that reason, and nothing changed is delivered."""
-        for engine in (FastEngine, Engine):
-            self.patch(tlssockets, "make_engine", engine)
+        for engine in ENGINES:
+            self.use(engine)
             self.client, self.server = RecorderFactory(), RecorderFactory()
             client, server = await self.pair(wire=True)
             self.wire.mangle = flip_one_bit_at(1_000_000)
@@ -344,8 +344,8 @@ class EndTests(TLSTestCase):
 
     async def test_answer_to_what_came_before_a_wrong_bit(self) -> None:
         """Writing, while what is wrong was found and not told yet, does not hide it."""
-        for engine in (FastEngine, Engine):
-            self.patch(tlssockets, "make_engine", engine)
+        for engine in ENGINES:
+            self.use(engine)
             self.client, self.server = RecorderFactory(), RecorderFactory()
             client, server = await self.pair(wire=True)
             server.on_data = lambda server=server: server.transport.write(b"answer")
@@ -357,8 +357,8 @@ class EndTests(TLSTestCase):
 
     async def test_closing_when_a_wrong_bit_was_found(self) -> None:
         """A connection that its protocol closes while what is wrong is not told yet closes all the same."""
-        for engine in (FastEngine, Engine):
-            self.patch(tlssockets, "make_engine", engine)
+        for engine in ENGINES:
+            self.use(engine)
             self.client, self.server = RecorderFactory(), RecorderFactory()
             client, server = await self.pair(wire=True)
 

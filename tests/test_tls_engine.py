@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import sys
-import unittest
 from collections.abc import Iterator
 from itertools import product
 
@@ -14,16 +13,16 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.net import tlsengine
 from relaymux.net.buffers import BufferPool
-from relaymux.net.compiled import native
-from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine, NativeEngine, make_engine
-from tests.tls import SERVER
-
-# `make test-compiled` has them all.
-KINDS = (Engine, FastEngine) if native is None else (Engine, FastEngine, NativeEngine)
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine, make_engine
+from relaymux.net.tlsrecords import RecordEngine, prepare, take_over
+from tests.tls import ENGINES, SERVER
 
 
-def context() -> SSL.Context:
+def context(suite: bytes) -> SSL.Context:
+    """@return: of either side, with one cipher suite."""
     context = SSL.Context(SSL.TLS_METHOD)
+    context.set_tls13_ciphersuites(suite)
+    prepare(context)
     context.use_certificate(SERVER.certificate)
     context.use_privatekey(SERVER.key)
     return context
@@ -36,28 +35,44 @@ class Wire:
     @ivar room: where decrypted bytes go.
     """
 
-    def __init__(self, client: type[Engine], server: type[Engine]) -> None:
+    def __init__(
+        self, client: type[Engine], server: type[Engine], suite: bytes = b"TLS_AES_128_GCM_SHA256"
+    ) -> None:
         self.pool = BufferPool(CIPHER_BUFFER_SIZE)
         self.room = memoryview(bytearray(64 * 1024))
-        dialling, accepting = (SSL.Connection(context(), None) for _ in range(2))
+        dialling, accepting = (SSL.Connection(context(suite), None) for _ in range(2))
         dialling.set_connect_state()
         accepting.set_accept_state()
-        self.client, self.server = client(dialling, self.pool), server(accepting, self.pool)
-        while not all([self._shake(self.client, self.server), self._shake(self.server, self.client)]):
-            pass
+        self.client, self.server = self._begin(client, dialling), self._begin(server, accepting)
+        client_shakes = server_shakes = True
+        while client_shakes or server_shakes:
+            if client_shakes and self._is_through(self.client):
+                self.client, client_shakes = self._go_on(self.client, client, is_server=False), False
+            for view in self.client.take():
+                self.server.feed(view)
+            if server_shakes and self._is_through(self.server):
+                self.server, server_shakes = self._go_on(self.server, server, is_server=True), False
+            for view in self.server.take():
+                self.client.feed(view)
         # Tickets, which the server sends behind the handshake.
         self.read(self.client)
 
-    def _shake(self, engine: Engine, other: Engine) -> bool:
+    def _begin(self, kind: type[Engine], connection: SSL.Connection) -> Engine:
+        return (Engine if kind is Engine else FastEngine)(connection, self.pool)
+
+    def _is_through(self, engine: Engine) -> bool:
         try:
             engine.shake_hands()
         except SSL.WantReadError:
             return False
-        else:
-            return True
-        finally:
-            for view in engine.take():
-                other.feed(view)
+        return True
+
+    def _go_on(self, engine: Engine, kind: type[Engine], *, is_server: bool) -> Engine:
+        if kind is not RecordEngine:
+            return engine
+        taken = take_over(engine, is_server=is_server)
+        assert type(taken) is RecordEngine, taken
+        return taken
 
     def read(self, engine: Engine) -> bytes:
         """@return: all that C{engine} can decrypt of what it was fed."""
@@ -91,15 +106,13 @@ class EngineTests(SynchronousTestCase):
     def test_choice(self) -> None:
         """Without the bindings it uses, the fast engine is not chosen."""
         connection = SSL.Connection(SSL.Context(SSL.TLS_METHOD), None)
-        self.assertIs(type(make_engine(connection, BufferPool())), KINDS[-1])
-        self.patch(tlsengine, "_FUNCTIONS", None)
         self.assertIs(type(make_engine(connection, BufferPool())), FastEngine)
         self.patch(tlsengine, "_BINDINGS", (*tlsengine._BINDINGS, "SSL_of_the_future"))
         self.assertIs(type(make_engine(connection, BufferPool())), Engine)
 
     def test_bytes_arrive(self) -> None:
         """What one engine encrypts the other decrypts, however it is cut and however much is fed at once."""
-        for kinds in product(KINDS, KINDS):
+        for kinds in product(ENGINES, ENGINES):
             wire = Wire(*kinds)
             for sender, receiver in ((wire.client, wire.server), (wire.server, wire.client)):
                 sent = received = b""
@@ -116,7 +129,7 @@ class EngineTests(SynchronousTestCase):
 
     def test_memory_comes_back(self) -> None:
         """What was fed is not kept once it was decrypted, and goes back to where it came from."""
-        for kind in KINDS[1:]:
+        for kind in ENGINES[1:]:
             wire = Wire(kind, kind)
             buffer = bytearray(100_000)
             size = 0
@@ -130,7 +143,7 @@ class EngineTests(SynchronousTestCase):
 
     def test_wrong_bytes(self) -> None:
         """A record that was changed is an error, again and again; what came before it counts."""
-        for kind in KINDS:
+        for kind in ENGINES:
             wire = Wire(FastEngine, kind)
             good = b"".join(wire.client.encrypt([b"good"]))
             bad = bytearray(b"".join(wire.client.encrypt([b"bad"])))
@@ -144,7 +157,7 @@ class EngineTests(SynchronousTestCase):
 
     def test_wrong_bytes_alone(self) -> None:
         """With nothing before it the error is told at once, and another connection hears nothing of it."""
-        for kind in KINDS:
+        for kind in ENGINES:
             wire, other = Wire(FastEngine, kind), Wire(kind, kind)
             bad = bytearray(b"".join(wire.client.encrypt([b"bad"])))
             bad[-1] ^= 1
@@ -156,11 +169,11 @@ class EngineTests(SynchronousTestCase):
 
     def test_end(self) -> None:
         """The peer's goodbye is told behind its last bytes, and is no failure."""
-        for kind in KINDS:
+        for kind in ENGINES:
             for read in (Wire.read, Wire.read_views):
                 wire = Wire(FastEngine, kind)
                 views = wire.client.encrypt([b"last"])
-                wire.client.connection.shutdown()
+                wire.client.close()
                 for view in views + wire.client.take():
                     wire.server.feed(view)
                 if read is Wire.read:
@@ -172,15 +185,15 @@ class EngineTests(SynchronousTestCase):
 
     def test_after_the_end(self) -> None:
         """What cannot be encrypted any more is an error."""
-        for kind in KINDS:
+        for kind in ENGINES:
             wire = Wire(kind, kind)
-            wire.client.connection.shutdown()
+            wire.client.close()
             self.assertRaises(SSL.Error, wire.client.encrypt, [b"late", bytes(100_000)])
 
     def test_small_pieces_share_a_record(self) -> None:
         """A frame's header does not cost a record of its own: 22 bytes and a call on either side."""
         overhead = 22
-        for kind in KINDS:
+        for kind in ENGINES:
             wire = Wire(kind, kind)
             for sizes, records in (((12, 100), 1), ((12, 16_384 - 12), 1), ((12, 32_768), 3), ((5,) * 9, 1)):
                 data = [self.chance.randbytes(size) for size in sizes]
@@ -191,7 +204,7 @@ class EngineTests(SynchronousTestCase):
 
     def test_nothing_is_left(self) -> None:
         """Records leave no objects behind."""
-        for kind in KINDS:
+        for kind in ENGINES:
             wire = Wire(kind, kind)
             data = [bytes(12), bytes(100_000)]
 
@@ -208,34 +221,6 @@ class EngineTests(SynchronousTestCase):
             gc.collect()
             self.assertLess(sys.getallocatedblocks() - before, 40, kind)
 
-    @unittest.skipIf(native is None, "not compiled here: make test-compiled")
-    def test_pool_in_use(self) -> None:
-        """Who is asked for more records cannot use the pool that they are decrypted into."""
-        wire = Wire(NativeEngine, NativeEngine)
-        server = wire.server
-        assert isinstance(server, NativeEngine)
-        (view,) = wire.client.encrypt([b"good"])
-        server.feed(memoryview(bytes(view)))
-
-        def has_read() -> bool:
-            for call in (
-                lambda: wire.pool.room(CIPHER_BUFFER_SIZE),
-                lambda: wire.pool.take(0),
-                lambda: server.read(wire.pool),
-                lambda: server.encrypt([b"more"]),
-            ):
-                self.assertRaises(RuntimeError, call)
-            return server._has_read()
-
-        views, result = server._records.read(wire.pool, has_read)
-        self.assertEqual((b"".join(views), result), (b"good", 1))
-        # It can be used again, also after a call that failed.
-        server.feed(memoryview(b"".join(wire.client.encrypt([b"lost"]))))
-        self.assertRaises(ZeroDivisionError, server._records.read, wire.pool, lambda: 1 / 0)
-        self.assertRaises(TypeError, server._records.write, wire.pool, [None])
-        server.feed(memoryview(b"".join(wire.client.encrypt([b"again"]))))
-        self.assertEqual(wire.read_views(wire.server), b"again")
-
     def test_garbage_collector(self) -> None:
         """
         Engines that failed while they held views can be collected.
@@ -243,7 +228,7 @@ class EngineTests(SynchronousTestCase):
         CPython crashed when the collector met, in a traceback's frames, a view
         and what C{from_buffer} had made of it.
         """
-        for kind in KINDS[1:] * 20:
+        for kind in ENGINES[1:] * 20:
             wire = Wire(kind, kind)
             wire.server.feed(memoryview(bytes(1000)))
             try:

@@ -11,9 +11,12 @@ from twisted.logger import LogLevel, formatEvent, globalLogPublisher
 
 from relaymux.certificates import Authority, Credentials
 from relaymux.interfaces import TransportSettings
-from relaymux.net import tlscontext, tlssockets
+from relaymux.net import tlscontext, tlsengine, tlsrecords, tlssockets
+from relaymux.net.compiled import native
 from relaymux.net.tlsconnect import connect_tls, listen_tls
 from relaymux.net.tlscontext import TLSIdentity
+from relaymux.net.tlsengine import Engine, FastEngine
+from relaymux.net.tlsrecords import RecordEngine
 from relaymux.transports.tls import transport as tls
 from tests.sockets import DEADLINE, RecorderFactory, SocketTestCase, Wire, reactor
 
@@ -23,6 +26,14 @@ NAMESAKE = Authority.create("the authority")
 
 SERVER = AUTHORITY.issue("server.example", ["server.example", "127.0.0.1"])
 CLIENT = AUTHORITY.issue("client.example")
+
+#: What the faster engines need of pyOpenSSL.
+BINDINGS = tlsengine._BINDINGS
+
+#: How an installation may encrypt and decrypt; `make test-compiled` has them all.
+ENGINES: tuple[type[Engine], ...] = (
+    (Engine, FastEngine) if native is None else (Engine, FastEngine, RecordEngine)
+)
 
 
 def days(count: float) -> datetime:
@@ -86,6 +97,12 @@ class TLSTestCase(SocketTestCase):
         await self.turns(3)
         for protocol in self.server.made + self.client.made:
             self.assertLessEqual(protocol.events.count("lost"), 1)
+
+    def use(self, engine: type[Engine]) -> None:
+        """Have connections from now on encrypt and decrypt by C{engine}."""
+        # Not by replacing functions: what is compiled calls them directly.
+        self.patch(tlsrecords, "_CAN_PROTECT", engine is RecordEngine)
+        self.patch(tlsengine, "_BINDINGS", ("none of the future",) if engine is Engine else BINDINGS)
 
     def files(
         self, credentials: Credentials, peer: str, authority: Authority = AUTHORITY, believed: bool = True

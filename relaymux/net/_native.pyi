@@ -1,7 +1,9 @@
-"""What F{_native.c} offers; each has a twin in Python."""
+"""What F{_native.c} offers."""
 
 from collections.abc import Callable, Sequence
 from socket import socket
+
+from relaymux.interfaces import Buffer
 
 class BufferPool:
     """
@@ -24,38 +26,49 @@ class BufferPool:
         self, sock: socket, limit: int, minimum: int, again: int
     ) -> tuple[list[memoryview], int, int]: ...
 
-class Records:
-    """One connection's TLS records, by the functions of an OpenSSL whose addresses are given."""
+class Sealer:
+    """What encrypts the TLS 1.3 records of one direction under one key (RFC 8446, 5.2)."""
 
     def __init__(
-        self,
-        ssl: int,
-        outgoing: int,
-        ssl_read: int,
-        ssl_write: int,
-        ssl_get_error: int,
-        bio_read: int,
-        want_read: int,
-        small_limit: int,
+        self, encrypt_into: Callable[[Buffer, Buffer, Buffer, Buffer], int], iv: bytes, records: int = ...
     ) -> None:
         """
-        @param ssl: the connection; it must live for as long as this.
-        @param outgoing: the memory BIO that it writes to.
-        @param want_read: C{SSL_ERROR_WANT_READ}.
-        @param small_limit: bytes up to which a piece shares a record with what follows it.
+        @param encrypt_into: of the cipher: from nonce, data and additional data into the last one.
+            It must not keep any of them.
+        @param iv: of the traffic keys, 12 bytes.
+        @param records: how many were sent under this key before.
         """
-    def read(self, pool: BufferPool, has_read: Callable[[], bool]) -> tuple[list[memoryview], int]:
+    @property
+    def records(self) -> int:
+        """Sent under this key."""
+    def seal(self, pool: BufferPool, buffers: Sequence[Buffer], kind: int) -> list[memoryview]:
         """
-        Decrypt.
+        @param pool: where encrypted bytes go.
+        @param buffers: share records: all but the last one are full.
+        @param kind: what they are (RFC 8446, B.1).
+        @return: whole records.
+        """
+
+class Opener:
+    """What decrypts them; it keeps what has arrived of a record that is not complete."""
+
+    def __init__(
+        self, decrypt_into: Callable[[Buffer, Buffer, Buffer, Buffer], int], iv: bytes, records: int = ...
+    ) -> None:
+        """As of L{Sealer}."""
+    @property
+    def records(self) -> int:
+        """Received under this key."""
+    def open(
+        self, pool: BufferPool, data: Buffer, wrong_tag: type[Exception]
+    ) -> tuple[list[memoryview], int, int, int, bytes | None]:
+        """
+        Decrypt, up to the first record that is not application data.
 
         @param pool: where plain bytes go.
-        @param has_read: called when OpenSSL wants more.  @return: whether it was given some.
-        @return: plain bytes, and 1 or what C{SSL_read} said when it failed or the peer had closed.
-        """
-    def write(self, pool: BufferPool, buffers: Sequence[bytes | memoryview]) -> tuple[list[memoryview], int]:
-        """
-        Encrypt.
-
-        @param pool: where encrypted bytes go.
-        @return: what is to be sent, and 1 or what C{SSL_write} said when it failed.
+        @param data: what was received.
+        @param wrong_tag: what C{decrypt_into} raises if a record was changed.
+        @return: application data; how many bytes of C{data} have been used; the alert to send if
+            a record is not as it should be, or 0; and kind and content of a record that is not
+            application data, or 0 and L{None}.
         """

@@ -2,7 +2,7 @@
 Which parts of this installation are compiled.
 
 Two are, where it was made with a C compiler at hand: the innermost loops of the data
-path (F{_native.c}, which has a twin in Python for all it does), and the core with the
+path (F{_native.c}, without which the same is done by other means), and the core with the
 modules around it that each byte passes, from the same source that is else interpreted.
 """
 

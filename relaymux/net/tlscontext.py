@@ -17,6 +17,7 @@ from twisted.logger import Logger
 
 from relaymux.errors import ConfigurationError
 from relaymux.net.tlspeer import PeerCheck, PeerName, validity
+from relaymux.net.tlsrecords import prepare
 
 __all__ = ["Credentials", "TLSIdentity"]
 
@@ -67,6 +68,7 @@ class Credentials:
         # Without a cache the tickets that TLS 1.3 still sends resume nothing.
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_tls13_ciphersuites(CIPHERS)
+        prepare(context)
         try:
             context.use_certificate(chain[0])
             for intermediate in chain[1:]:

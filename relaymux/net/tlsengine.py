@@ -4,26 +4,24 @@ TLS between memory and memory: the only module that knows how OpenSSL is fed.
 pyOpenSSL's public calls allocate a block for every read, copy what they read
 out of it once more, and write one record per call.  L{FastEngine} calls the
 same OpenSSL functions through pyOpenSSL's bindings, on buffers that are used
-again and again: about two thirds of the CPU time per byte.  L{NativeEngine} does
-the same in compiled loops, where an installation has them.  Those bindings are
+again and again: about two thirds of the CPU time per byte.  Those bindings are
 not a public interface, so L{make_engine} uses them only if all that it needs is
-there, and else the L{Engine} that does without.
+there, and else the L{Engine} that does without.  Where an installation has compiled
+loops, L{relaymux.net.tlsrecords} takes over after the handshake.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 from OpenSSL import SSL
 
 from relaymux.interfaces import Buffer
 from relaymux.net.buffers import BufferPool
-from relaymux.net.compiled import native
 
-__all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "RECORD", "Engine", "FastEngine", "NativeEngine", "make_engine"]
+__all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "RECORD", "Engine", "FastEngine", "make_engine"]
 
 #: Plain bytes encrypted before they are sent: what a link hands over at once
 #: (L{relaymux.net.link.FLUSH_BYTES} and a frame more, with their headers), so that no
@@ -57,13 +55,6 @@ _BINDINGS: tuple[str, ...] = (
     "SSL_set_bio",
     "SSL_write",
 )
-#: What L{native} calls by address, so that nobody else would notice if it were different.
-_PROTOTYPES = {
-    "SSL_read": "int(*)(SSL *, void *, int)",
-    "SSL_write": "int(*)(SSL *, void *, int)",
-    "SSL_get_error": "int(*)(SSL *, int)",
-    "BIO_read": "int(*)(BIO *, void *, int)",
-}
 _ATTRIBUTES = ("_ssl", "_into_ssl", "_from_ssl", "_raise_ssl_error")
 
 
@@ -72,17 +63,18 @@ class Engine:
     One side of a TLS connection, through pyOpenSSL's public interface.
 
     @ivar connection: for what has no cost per byte: handshake, peer
-        certificate, key export, shutdown.
+        certificate, key export.
+    @ivar pool: for encrypted bytes on their way out.
     @ivar error: why nothing more can be read; L{None} if that is not so.
     """
 
     def __init__(self, connection: SSL.Connection, pool: BufferPool) -> None:
         """
         @param connection: made without a socket; client or server is set.
-        @param pool: for encrypted bytes on their way out.
+        @param pool: see the attribute.
         """
         self.connection = connection
-        self._pool = pool
+        self.pool = pool
         self.error: SSL.Error | None = None
 
     @property
@@ -102,6 +94,10 @@ class Engine:
     def feed(self, data: memoryview) -> None:
         """Encrypted bytes have arrived; they may be kept by reference until they are decrypted."""
         self.connection.bio_write(data)
+
+    def close(self) -> None:
+        """Have the peer told that nothing follows; L{take} has the words."""
+        self.connection.shutdown()
 
     def read_into(self, room: memoryview) -> int:
         """
@@ -168,11 +164,11 @@ class Engine:
         """@return: all that OpenSSL has to send."""
         taken: list[memoryview] = []
         while True:
-            room = self._pool.room(_ROOM)
+            room = self.pool.room(_ROOM)
             count = self._read_encrypted(room)
             if not count:
                 return taken
-            taken.append(self._pool.take(count))
+            taken.append(self.pool.take(count))
 
     def _read_encrypted(self, room: memoryview) -> int:
         try:
@@ -210,6 +206,7 @@ class FastEngine(Engine):
         # before more is fed.
         self._fed: deque[memoryview] = deque()
         self._reading: memoryview | None = None  # keeps alive what OpenSSL reads from
+        self._incoming: Any = None  # the BIO that it reads it through
         # One call then writes all records of a batch.
         _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
 
@@ -240,11 +237,31 @@ class FastEngine(Engine):
         """Let OpenSSL read from the next buffer."""
         data = self._reading = self._fed.popleft()
         with _from_buffer(data) as start:  # valid for as long as the view lives
-            bio = _lib.BIO_new_mem_buf(start, len(data))
+            self._read_at(start, len(data))
+
+    def _read_at(self, start: Any, size: int) -> None:
+        bio = self._incoming = _lib.BIO_new_mem_buf(start, size)
         if bio == _ffi.NULL:
             raise MemoryError("OpenSSL has no memory for a BIO")
         _lib.BIO_set_mem_eof_return(bio, -1)  # at its end: try again later
         _lib.SSL_set_bio(self._ssl, bio, self._outgoing)
+
+    def hand_over(self) -> tuple[list[memoryview], list[memoryview]]:
+        """
+        Stop here: the handshake is through, and somebody else goes on with the connection's records.
+
+        @return: what is still to be sent, and what was fed and not read.  OpenSSL reads one
+            record at a time, so the latter begins with a whole one.
+        """
+        unread = list(self._fed)
+        self._fed.clear()
+        if self._reading is not None:
+            left: int = _lib.BIO_get_mem_data(self._incoming, _NOWHERE)
+            if left:
+                unread.insert(0, self._reading[-left:])
+            self._reading = None
+        self._read_at(_NOTHING, 0)
+        return self.take(), unread
 
     def read_into(self, room: memoryview) -> int:
         if self.error is not None:
@@ -291,43 +308,12 @@ class FastEngine(Engine):
         taken: list[memoryview] = []
         missing = _lib.BIO_get_mem_data(self._outgoing, _NOWHERE)
         while missing > 0:
-            room = self._pool.room(min(missing, self._pool.size))
+            room = self.pool.room(min(missing, self.pool.size))
             with _from_buffer(room) as start:
                 count: int = _lib.BIO_read(self._outgoing, start, len(room))
-            taken.append(self._pool.take(count))
+            taken.append(self.pool.take(count))
             missing -= count
         return taken
-
-
-class NativeEngine(FastEngine):
-    """The same in compiled loops: one call for all records of a turn."""
-
-    def __init__(self, connection: SSL.Connection, pool: BufferPool) -> None:
-        super().__init__(connection, pool)
-        assert native is not None and _FUNCTIONS is not None
-        self._records = native.Records(
-            _address(self._ssl),
-            _address(self._outgoing),
-            *_FUNCTIONS,
-            _lib.SSL_ERROR_WANT_READ,
-            _SMALL,
-        )
-
-    def read(self, pool: BufferPool) -> list[memoryview]:
-        if self.error is not None:
-            raise self.error
-        views: list[memoryview]
-        views, result = self._records.read(pool, self._has_read)
-        if result <= 0:
-            self._input_over(result, told=not views)
-        return views
-
-    def encrypt(self, buffers: Sequence[Buffer]) -> list[memoryview]:
-        views: list[memoryview]
-        views, result = self._records.write(self._pool, buffers)
-        if result <= 0:
-            self._raise(self._ssl, result)
-        return views
 
 
 def _join_small(buffers: Sequence[Buffer]) -> list[Buffer]:
@@ -349,34 +335,13 @@ def _join_small(buffers: Sequence[Buffer]) -> list[Buffer]:
     return pieces
 
 
-def _address(pointer: Any) -> int:
-    return int(_ffi.cast("uintptr_t", pointer))
-
-
-def _find_functions() -> tuple[int, ...] | None:
-    """
-    Where the functions are that L{native} calls.
-
-    @return: their addresses, in its order; L{None} if pyOpenSSL's bindings are not as we know them.
-    """
-    try:
-        openssl: Any = import_module("cryptography.hazmat.bindings._rust")._openssl
-        functions = [openssl.ffi.addressof(openssl.lib, name) for name in _PROTOTYPES]
-        types = [openssl.ffi.typeof(function).cname for function in functions]
-    except (ImportError, AttributeError, TypeError):
-        return None
-    return tuple(map(_address, functions)) if types == list(_PROTOTYPES.values()) else None
-
-
 _lib: Any = getattr(SSL, "_lib", None)
 _ffi: Any = getattr(SSL, "_ffi", None)
 _from_buffer: Any = getattr(_ffi, "from_buffer", None)
 
-#: Where OpenSSL puts a pointer that nobody asks for.
+#: Where OpenSSL puts a pointer that nobody asks for, and what it may read when there is nothing any more.
 _NOWHERE: Any = None if _ffi is None else _ffi.new("char **")
-
-
-_FUNCTIONS = None if native is None else _find_functions()
+_NOTHING: Any = None if _ffi is None else _ffi.new("char[1]")
 
 
 def make_engine(connection: SSL.Connection, pool: BufferPool) -> Engine:
@@ -384,4 +349,4 @@ def make_engine(connection: SSL.Connection, pool: BufferPool) -> Engine:
     has_bindings = _from_buffer is not None and all(hasattr(_lib, name) for name in _BINDINGS)
     if not has_bindings or not all(hasattr(connection, name) for name in _ATTRIBUTES):
         return Engine(connection, pool)
-    return (FastEngine if _FUNCTIONS is None else NativeEngine)(connection, pool)
+    return FastEngine(connection, pool)

@@ -57,6 +57,7 @@ from relaymux.net.sockets import SocketTransport
 from relaymux.net.tlscontext import TLSIdentity
 from relaymux.net.tlsengine import RECORD, make_engine
 from relaymux.net.tlserrors import handshake_error, lost_error
+from relaymux.net.tlsrecords import take_over
 from relaymux.net.tlswriting import EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
@@ -148,6 +149,7 @@ class TLSTransport(EncryptingConsumer):
         self._pool = pool
         self._owner = owner
         self._certificate = identity.credentials.certificate
+        self._is_server = is_server
         connection, self._check = identity.connection(is_server=is_server)
         super().__init__(reactor, make_engine(connection, cipher_pool))
         self._protocol: IProtocol | None = None
@@ -193,6 +195,7 @@ class TLSTransport(EncryptingConsumer):
                 _log.failure("exception while checking {peer}", peer=self._peer)
             self._fail(handshake_error(error, self._check.problem, self._peer, self._certificate))
             return
+        self._engine = take_over(self._engine, is_server=self._is_server)
         self._send_encrypted()
         self._cancel_timer()
         protocol = self._owner.tls_established(self) if self._check.passed else None
@@ -344,7 +347,7 @@ class TLSTransport(EncryptingConsumer):
     def _say_goodbye(self) -> None:
         self._cancel_timer()
         if not self._engine.failed:
-            self._engine.connection.shutdown()
+            self._engine.close()
         self._send_encrypted()
         self._close_socket()
 

@@ -1,0 +1,304 @@
+"""
+The records of TLS 1.3, protected by ourselves once OpenSSL has shaken hands.
+
+OpenSSL copies each byte five times on its way through both ends, between its own
+buffers.  L{RecordEngine} takes over the keys after the handshake, as kernels do for
+their TLS, and leaves to OpenSSL what has no cost per byte: handshake, certificates,
+exported keys.  The cipher is pyca/cryptography's; the loops around it are compiled
+(F{_native.c}).  What is done here is RFC 8446, 5 (records), 6 (alerts), 4.6
+(messages behind the handshake) and 7.2 (new keys).
+
+An installation without the compiled loops keeps OpenSSL's records, and nobody who
+talks to it can tell the difference.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from OpenSSL import SSL
+
+from relaymux.interfaces import Buffer
+from relaymux.net.buffers import BufferPool
+from relaymux.net.compiled import native
+from relaymux.net.tlsengine import Engine, FastEngine
+from relaymux.net.tlskeys import SUITES, TrafficSecret, keep_secrets, take_secrets
+
+__all__ = ["KEY_RECORDS", "RecordEngine", "prepare", "take_over"]
+
+#: Records sent with one key: a new one is taken long before 2**24.5, up to which AES-GCM
+#: is safe by a wide margin (RFC 8446, 5.5).  Some 256 GiB.
+KEY_RECORDS = 2**24
+
+#: New keys that a peer may take without sending anything between them.
+_UPDATES = 32
+
+#: The longest message behind the handshake: a ticket for a session, which nobody uses here.
+_MESSAGE = 128 * 1024
+
+_HEADER = 5
+_ALERT, _HANDSHAKE, _DATA = 21, 22, 23
+_NEW_SESSION_TICKET, _KEY_UPDATE = 4, 24
+_WARNING, _FATAL = b"\1", b"\2"
+_CLOSE_NOTIFY, _UNEXPECTED_MESSAGE, _DECODE_ERROR, _USER_CANCELED = 0, 10, 50, 90
+_KEY_UPDATE_NOT_REQUESTED = b"\x18\0\0\1\0"
+
+#: Alerts by which a peer ends a connection (RFC 8446, 6.2).
+_ALERTS = {
+    10: "unexpected message",
+    20: "bad record mac",
+    22: "record overflow",
+    40: "handshake failure",
+    42: "bad certificate",
+    43: "unsupported certificate",
+    44: "certificate revoked",
+    45: "certificate expired",
+    46: "certificate unknown",
+    47: "illegal parameter",
+    48: "unknown ca",
+    49: "access denied",
+    50: "decode error",
+    51: "decrypt error",
+    70: "protocol version",
+    71: "insufficient security",
+    80: "internal error",
+    109: "missing extension",
+    110: "unsupported extension",
+    113: "bad certificate status response",
+    116: "certificate required",
+}
+
+
+class _Break(Exception):
+    """
+    The peer does not keep to TLS.
+
+    @ivar alert: by which to tell it.
+    """
+
+    def __init__(self, alert: int, what: str) -> None:
+        super().__init__(what)
+        self.alert = alert
+
+
+def _error(text: str) -> SSL.Error:
+    """An error in the form of OpenSSL's, for people."""
+    return SSL.Error([("TLS", "", text)])
+
+
+class RecordEngine(Engine):
+    """One side of a connection whose handshake is through."""
+
+    def __init__(
+        self, before: FastEngine, secrets: tuple[TrafficSecret, TrafficSecret], is_server: bool
+    ) -> None:
+        """
+        @param before: whose handshake it was; it is not used any more.
+        @param secrets: the client's and the server's.
+        @param is_server: which of them is ours.
+        """
+        super().__init__(before.connection, before.pool)
+        client, server = secrets
+        self._is_server = is_server
+        self._reading, self._writing = (client, server) if is_server else (server, client)
+        # Bounded, as of FastEngine: all is read before more is fed.
+        last, unread = before.hand_over()
+        self._fed: deque[memoryview] = deque(unread)
+        self._outgoing = last
+        # A server has sent its tickets as the first records under its new key.
+        self._sealer = self._new_sealer(_count_records(last) if is_server else 0)
+        self._opener = self._new_opener()
+        self._plain: deque[memoryview] = deque()  # read, and not fetched yet; bounded by what was fed
+        self._message = b""  # the beginning of one behind the handshake; bounded by _MESSAGE
+        self._updates = 0
+        self._update_due = False
+        self._closed = False
+
+    def _new_sealer(self, sent: int = 0) -> Any:
+        assert native is not None
+        return native.Sealer(self._writing.cipher().encrypt_into, self._writing.iv(), sent)
+
+    def _new_opener(self) -> Any:
+        assert native is not None
+        return native.Opener(self._reading.cipher().decrypt_into, self._reading.iv())
+
+    # Sending
+
+    def encrypt(self, buffers: Sequence[Buffer]) -> list[memoryview]:
+        if self._closed or self.failed:
+            raise _error("nothing can be sent behind the end")
+        if self._update_due or self._sealer.records >= KEY_RECORDS:
+            self._update_due = False
+            self._send(_HANDSHAKE, _KEY_UPDATE_NOT_REQUESTED)
+            self._writing = self._writing.updated()
+            self._sealer = self._new_sealer()
+        sealed: list[memoryview] = self._sealer.seal(self.pool, buffers, _DATA)
+        return self.take() + sealed if self._outgoing else sealed
+
+    def take(self) -> list[memoryview]:
+        taken, self._outgoing = self._outgoing, []
+        return taken
+
+    def close(self) -> None:
+        if not self._closed:
+            self._send(_ALERT, _WARNING + bytes([_CLOSE_NOTIFY]))
+            self._closed = True
+
+    def _send(self, kind: int, message: bytes) -> None:
+        self._outgoing += self._sealer.seal(self.pool, (message,), kind)
+
+    # Receiving
+
+    def feed(self, data: memoryview) -> None:
+        self._fed.append(data)
+
+    def read(self, pool: BufferPool) -> list[memoryview]:
+        if self._plain:
+            plain = list(self._plain)
+            self._plain.clear()
+            return plain
+        self._raise_error()
+        views: list[memoryview] = []
+        while self._fed:
+            self._read_from(self._fed.popleft(), pool, views)
+        if not views:
+            self._raise_error()
+        return views
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _read_from(self, data: memoryview, pool: BufferPool, views: list[memoryview]) -> None:
+        """Decrypt C{data}.  Behind what ends the connection nothing is read."""
+        while True:
+            plain, used, alert, kind, message = self._opener.open(pool, data, InvalidTag)
+            try:
+                if plain:
+                    self._check_alone()
+                    self._updates = 0
+                    views += plain
+                if alert:
+                    raise _Break(alert, _ALERTS[alert])
+                if kind:
+                    self._control(kind, message)
+            except _Break as broken:
+                self.error = _error(str(broken))
+                self._send_fatal(broken.alert)
+            if self.error is not None:
+                self._fed.clear()
+                return
+            data = data[used:]
+            if not data:
+                return
+
+    def read_into(self, room: memoryview) -> int:
+        if not self._plain:
+            self._plain += self.read(self.pool)
+        count = 0
+        while self._plain and count < len(room):
+            view = self._plain.popleft()
+            part = min(len(view), len(room) - count)
+            room[count : count + part] = view[:part]
+            count += part
+            if part < len(view):
+                self._plain.appendleft(view[part:])
+        return count
+
+    # What is not data
+
+    def _control(self, kind: int, message: bytes) -> None:
+        """A whole record of anything else has arrived."""
+        if kind == _ALERT:
+            self._check_alone()
+            self._alert(message)
+        elif kind == _HANDSHAKE and message:
+            self._message += message
+            self._messages()
+        else:
+            raise _Break(_UNEXPECTED_MESSAGE, "unexpected record")
+
+    def _check_alone(self) -> None:
+        """Nothing comes between the records of one message (RFC 8446, 5.1)."""
+        if self._message:
+            raise _Break(_UNEXPECTED_MESSAGE, "other records within a message")
+
+    def _alert(self, message: bytes) -> None:
+        if len(message) != 2:
+            raise _Break(_DECODE_ERROR, "malformed alert")
+        code = message[1]
+        if code == _CLOSE_NOTIFY:
+            self.error = SSL.ZeroReturnError()
+        elif code != _USER_CANCELED:  # which close_notify follows
+            self.error = _error("alert " + _ALERTS.get(code, str(code)))
+
+    def _messages(self) -> None:
+        while len(self._message) >= 4:
+            kind, size = self._message[0], int.from_bytes(self._message[1:4], "big")
+            if kind not in (_KEY_UPDATE, _NEW_SESSION_TICKET) or size > _MESSAGE:
+                raise _Break(_UNEXPECTED_MESSAGE, "unexpected message behind the handshake")
+            if len(self._message) < 4 + size:
+                return
+            body, self._message = self._message[4 : 4 + size], self._message[4 + size :]
+            if kind == _KEY_UPDATE:
+                self._key_update(body)
+            elif self._is_server:
+                raise _Break(_UNEXPECTED_MESSAGE, "a ticket from a client")
+
+    def _key_update(self, body: bytes) -> None:
+        """The peer sends with a new key from now on (RFC 8446, 4.6.3)."""
+        if body not in (b"\0", b"\1"):
+            raise _Break(_DECODE_ERROR, "malformed key update")
+        self._check_alone()
+        self._updates += 1
+        if self._updates > _UPDATES:
+            raise _Break(_UNEXPECTED_MESSAGE, "too many key updates")
+        self._reading = self._reading.updated()
+        self._opener = self._new_opener()
+        # One answer is enough for all that are asked for before our next data.
+        self._update_due = self._update_due or body == b"\1"
+
+    def _send_fatal(self, alert: int) -> None:
+        if not self._closed:
+            self._send(_ALERT, _FATAL + bytes([alert]))
+
+
+def _count_records(views: Sequence[memoryview]) -> int:
+    """@return: how many encrypted records C{views} have, which hold whole ones."""
+    data = b"".join(views)
+    count = at = 0
+    while at < len(data):
+        count += data[at] == _DATA
+        at += _HEADER + int.from_bytes(data[at + 3 : at + 5], "big")
+    return count
+
+
+def _can_protect() -> bool:
+    ciphers = [suite.cipher for suite in SUITES.values()]
+    return native is not None and all(hasattr(cipher, "encrypt_into") for cipher in ciphers)
+
+
+#: Whether this installation has what a L{RecordEngine} needs.
+_CAN_PROTECT = _can_protect()
+
+
+def prepare(context: SSL.Context) -> None:
+    """Have the handshakes of C{context} leave what L{take_over} needs."""
+    if _CAN_PROTECT:
+        keep_secrets(context)
+
+
+def take_over(engine: Engine, *, is_server: bool) -> Engine:
+    """
+    Go on after a handshake.
+
+    @param engine: by which it was made; what it has not sent is sent by the one returned.
+    @return: the fastest engine for what follows: C{engine} itself where its records cannot be taken over.
+    """
+    if not _CAN_PROTECT or not isinstance(engine, FastEngine):
+        return engine
+    secrets = take_secrets(engine.connection)
+    return engine if secrets is None else RecordEngine(engine, secrets, is_server)
