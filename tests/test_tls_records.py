@@ -17,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from relaymux.net import tlsrecords
 from relaymux.net.buffers import BufferPool
 from relaymux.net.compiled import native as compiled
-from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, FastEngine
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, Engine, FastEngine
 from relaymux.net.tlskeys import SUITES, TrafficSecret, take_secrets
 from relaymux.net.tlsrecords import RecordEngine, take_over
 from tests.sockets import DEADLINE
@@ -53,12 +53,19 @@ class KeyTests(SynchronousTestCase):
         self.assertEqual(secret.cipher().encrypt(IV, plain, record[:5]), record[5:])
         self.assertEqual(AESGCM(KEY).encrypt(IV, plain, record[:5]), record[5:])
         self.assertNotEqual(secret.updated().secret, SECRET)
+        self.assertNotIn(repr(SECRET), repr(secret), "no log may show it")
 
     def test_taken_once(self) -> None:
         """Secrets are not kept once they were taken, nor where nobody asked for them."""
         wire = Wire(FastEngine, FastEngine)
         expected = native is not None
         self.assertEqual(take_secrets(wire.client.connection) is not None, expected)
+        self.assertIsNone(take_secrets(wire.client.connection))
+
+    def test_not_kept_in_vain(self) -> None:
+        """Nor are they where an engine has no use for them."""
+        wire = Wire(Engine, Engine)
+        self.assertIs(take_over(wire.client, is_server=False), wire.client)
         self.assertIsNone(take_secrets(wire.client.connection))
 
 
@@ -331,8 +338,8 @@ class WrongTests(SynchronousTestCase):
             ((b"\1\0\0\0\x16",), 10, "unexpected message behind the handshake"),
             ((b"\x0d\0\0\0\x16",), 10, "unexpected message behind the handshake"),
             ((b"\4\xff\xff\xff\x16",), 10, "unexpected message behind the handshake"),
-            ((b"\4\0\0\1x\x16",), 10, "a ticket from a client"),
-            ((b"\x18\0\0\1\2\x16",), 50, "malformed key update"),
+            ((b"\4\0\0\x0e\x16",), 10, "a ticket from a client"),
+            ((b"\x18\0\0\1\2\x16",), 47, "malformed key update"),
             ((b"\x18\0\0\0\x16",), 50, "malformed key update"),
             ((b"\x18\0\0\2\0\0\x16",), 50, "malformed key update"),
             ((b"\x18\0\0\1\0\x18\x16",), 10, "other records within a message"),
@@ -426,6 +433,59 @@ class WrongTests(SynchronousTestCase):
         del kept[:]
         right = native.Opener(AESGCM(KEY).decrypt_into, IV)
         self.assertEqual(b"".join(right.open(self.pool, RECORD_OF_50, InvalidTag)[0]), bytes(range(50)))
+
+    def test_exception_while_encrypting(self) -> None:
+        """What follows bytes that could not be encrypted never seems to follow those before them."""
+        by, to = self.pair()
+
+        def uses_the_pool(*_buffers: Any) -> int:
+            self.assertRaises(RuntimeError, by.encrypt, [b"lost"])
+            raise LookupError
+
+        self.assertRaises(LookupError, native.Sealer(uses_the_pool, IV).seal, by.pool, [b"x"], DATA)
+        self.assertRaises(SSL.Error, by.encrypt, [b"behind it"])
+        by.close()
+        to.feed(memoryview(self.good + b"".join(by.take())))
+        self.assertEqual(b"".join(to.read(self.pool)), b"good")
+        self.assertEqual(to.read(self.pool), [], "and no orderly end")
+
+    def test_exception_while_decrypting(self) -> None:
+        """Nor does what follows bytes that could not be decrypted."""
+        _by, to = self.pair()
+        to.feed(memoryview(self.good))
+        right, to._opener = to._opener, native.Opener(lambda *_: 1 / 0, IV)
+        self.assertRaises(ZeroDivisionError, to.read, self.pool)
+        to._opener = right
+        to.feed(memoryview(self.good))
+        self.assertRaises(SSL.Error, to.read, self.pool)
+        self.assertTrue(to.failed)
+
+    def test_records_in_use(self) -> None:
+        """A cipher lets other threads run: none of them can use what it is called by."""
+        other = BufferPool(CIPHER_BUFFER_SIZE)
+
+        def nests(*buffers: Any) -> int:
+            if len(memoryview(buffers[1])) < len(memoryview(buffers[3])):
+                self.assertRaises(RuntimeError, sealer.seal, other, [b"x"], DATA)
+            else:
+                self.assertRaises(RuntimeError, opener.open, other, RECORD_OF_50, InvalidTag)
+            raise LookupError
+
+        sealer, opener = native.Sealer(nests, IV), native.Opener(nests, IV)
+        self.assertRaises(LookupError, sealer.seal, self.pool, [b"x"], DATA)
+        self.assertRaises(LookupError, opener.open, self.pool, RECORD_OF_50, InvalidTag)
+        # Neither is in use any more.
+        self.assertRaises(LookupError, sealer.seal, self.pool, [b"x"], DATA)
+        self.assertRaises(LookupError, opener.open, self.pool, RECORD_OF_50, InvalidTag)
+
+    def test_from_the_pool_that_records_go_to(self) -> None:
+        """Records may be put right behind what they are made of."""
+        cipher = AESGCM(KEY)
+        room = self.pool.room(3 * RECORD)
+        room[: 2 * RECORD] = plain = random.randbytes(2 * RECORD)
+        records = native.Sealer(cipher.encrypt_into, IV).seal(self.pool, [self.pool.take(2 * RECORD)], DATA)
+        views = native.Opener(cipher.decrypt_into, IV).open(self.pool, b"".join(records), InvalidTag)[0]
+        self.assertEqual(b"".join(views), plain)
 
     def test_arguments(self) -> None:
         """Nonsense is an exception."""

@@ -6,7 +6,9 @@
  * relaymux/net/_native.pyi says what the calls mean.  There is no policy here: no limit,
  * no state of a connection, nothing of the protocol, and no cipher.
  *
- * All calls are made with the GIL, and none of them blocks.
+ * All calls are made with the GIL, and none of them blocks.  A cipher may release the GIL
+ * (that of pyca/cryptography does), so nothing that other threads look at may be in a pool's
+ * buffers while records are sealed: see `borrowed`.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -432,6 +434,7 @@ typedef struct {
     unsigned long long records;
     /* Of a Sealer: the plain bytes of the next record.  Of an Opener: a record that is not complete. */
     int filled;
+    int in_use; /* by a call that has not returned: a cipher may release the GIL */
     unsigned char record[HEADER + CIPHERTEXT];
 } Records;
 
@@ -512,6 +515,24 @@ static int protect(Records *records, void *header, void *input, Py_ssize_t input
     return 0;
 }
 
+static int begin_records(Records *records, Pool *pool)
+{
+    if (records->in_use) {
+        PyErr_SetString(PyExc_RuntimeError, "records are being made or read by a call that has not returned");
+        return -1;
+    }
+    if (begin_use(pool))
+        return -1;
+    records->in_use = 1;
+    return 0;
+}
+
+static PyObject *end_records(Records *records, Pool *pool, PyObject *result)
+{
+    records->in_use = 0;
+    return end_use(pool, result);
+}
+
 static Pool *pool_argument(PyObject *argument)
 {
     if (Py_IS_TYPE(argument, &PoolType)) {
@@ -561,11 +582,14 @@ static int seal_record(Records *records, unsigned char *plain, int length, int t
     return 0;
 }
 
-/* The end of the pool's buffer that a piece is a view of; NULL if it is not. */
-static const char *end_of_buffer(PyObject *piece)
+/*
+ * The end of the pool's buffer that a piece is a view of; NULL if it is not, or if records
+ * are put into that very buffer: the byte behind the piece may be the first of one.
+ */
+static const char *end_of_buffer(PyObject *piece, const Pool *output)
 {
     PyObject *base = PyMemoryView_Check(piece) ? PyMemoryView_GET_BASE(piece) : NULL;
-    if (!base || !Py_IS_TYPE(base, &LentType))
+    if (!base || !Py_IS_TYPE(base, &LentType) || base == (PyObject *)output->current)
         return NULL;
     Lent *lent = (Lent *)base;
     return lent->memory + lent->store->size;
@@ -614,7 +638,7 @@ static PyObject *sealer_seal(Records *records, PyObject *const *args, Py_ssize_t
         return NULL;
     PyObject *pieces = PySequence_Tuple(args[1]);
     output.views = pieces ? PyList_New(0) : NULL;
-    if (!output.views || begin_use(output.pool)) {
+    if (!output.views || begin_records(records, output.pool)) {
         Py_XDECREF(pieces);
         Py_XDECREF(output.views);
         return NULL;
@@ -626,7 +650,7 @@ static PyObject *sealer_seal(Records *records, PyObject *const *args, Py_ssize_t
         Py_buffer data;
         if ((failed = PyObject_GetBuffer(piece, &data, PyBUF_SIMPLE)))
             break;
-        failed = seal_piece(records, &data, end_of_buffer(piece), type, &output);
+        failed = seal_piece(records, &data, end_of_buffer(piece, output.pool), type, &output);
         PyBuffer_Release(&data);
     }
     if (!failed && records->filled)
@@ -636,7 +660,7 @@ static PyObject *sealer_seal(Records *records, PyObject *const *args, Py_ssize_t
     Py_DECREF(pieces);
     if (failed)
         Py_CLEAR(output.views);
-    return end_use(output.pool, output.views);
+    return end_records(records, output.pool, output.views);
 }
 
 /*
@@ -691,7 +715,7 @@ static PyObject *opener_open(Records *records, PyObject *const *args, Py_ssize_t
         return NULL;
     PyObject *message = NULL;
     output.views = PyList_New(0);
-    if (!output.views || begin_use(output.pool)) {
+    if (!output.views || begin_records(records, output.pool)) {
         PyBuffer_Release(&data);
         Py_XDECREF(output.views);
         return NULL;
@@ -734,12 +758,12 @@ static PyObject *opener_open(Records *records, PyObject *const *args, Py_ssize_t
     PyBuffer_Release(&data);
     if (!message)
         message = Py_NewRef(Py_None);
-    return end_use(output.pool, Py_BuildValue("(NniiN)", output.views, used, alert, type, message));
+    return end_records(records, output.pool, Py_BuildValue("(NniiN)", output.views, used, alert, type, message));
 fail:
     PyBuffer_Release(&data);
     Py_XDECREF(message);
     Py_DECREF(output.views);
-    return end_use(output.pool, NULL);
+    return end_records(records, output.pool, NULL);
 }
 
 static PyGetSetDef records_attributes[] = {

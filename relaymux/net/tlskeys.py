@@ -10,7 +10,7 @@ connection is gone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,7 +57,7 @@ class TrafficSecret:
     """What the keys of one direction come from, until they are updated."""
 
     suite: Suite
-    secret: bytes
+    secret: bytes = field(repr=False)
 
     def cipher(self) -> Any:
         """@return: what encrypts and decrypts this direction's records."""

@@ -39,11 +39,14 @@ _UPDATES = 32
 #: The longest message behind the handshake: a ticket for a session, which nobody uses here.
 _MESSAGE = 128 * 1024
 
+#: The shortest (RFC 8446, 4.6.1): lifetime, age, nonce, a ticket of one byte, extensions.
+_TICKET = 14
+
 _HEADER = 5
 _ALERT, _HANDSHAKE, _DATA = 21, 22, 23
 _NEW_SESSION_TICKET, _KEY_UPDATE = 4, 24
 _WARNING, _FATAL = b"\1", b"\2"
-_CLOSE_NOTIFY, _UNEXPECTED_MESSAGE, _DECODE_ERROR, _USER_CANCELED = 0, 10, 50, 90
+_CLOSE_NOTIFY, _UNEXPECTED_MESSAGE, _ILLEGAL_PARAMETER, _DECODE_ERROR, _USER_CANCELED = 0, 10, 47, 50, 90
 _KEY_UPDATE_NOT_REQUESTED = b"\x18\0\0\1\0"
 
 #: Alerts by which a peer ends a connection (RFC 8446, 6.2).
@@ -67,7 +70,6 @@ _ALERTS = {
     80: "internal error",
     109: "missing extension",
     110: "unsupported extension",
-    113: "bad certificate status response",
     116: "certificate required",
 }
 
@@ -112,7 +114,9 @@ class RecordEngine(Engine):
         self._sealer = self._new_sealer(_count_records(last) if is_server else 0)
         self._opener = self._new_opener()
         self._plain: deque[memoryview] = deque()  # read, and not fetched yet; bounded by what was fed
-        self._message = b""  # the beginning of one behind the handshake; bounded by _MESSAGE
+        # The beginning of one behind the handshake; bounded by _MESSAGE and a record more.
+        self._message = bytearray()
+        self._broken = False  # an exception left something out of what was to be sent or read
         self._updates = 0
         self._update_due = False
         self._closed = False
@@ -128,14 +132,14 @@ class RecordEngine(Engine):
     # Sending
 
     def encrypt(self, buffers: Sequence[Buffer]) -> list[memoryview]:
-        if self._closed or self.failed:
+        if self._closed or self._broken or self.failed:
             raise _error("nothing can be sent behind the end")
         if self._update_due or self._sealer.records >= KEY_RECORDS:
             self._update_due = False
             self._send(_HANDSHAKE, _KEY_UPDATE_NOT_REQUESTED)
             self._writing = self._writing.updated()
             self._sealer = self._new_sealer()
-        sealed: list[memoryview] = self._sealer.seal(self.pool, buffers, _DATA)
+        sealed = self._seal(buffers, _DATA)
         return self.take() + sealed if self._outgoing else sealed
 
     def take(self) -> list[memoryview]:
@@ -144,11 +148,21 @@ class RecordEngine(Engine):
 
     def close(self) -> None:
         if not self._closed:
-            self._send(_ALERT, _WARNING + bytes([_CLOSE_NOTIFY]))
             self._closed = True
+            if not self._broken:  # else the peer is not to believe that it has everything
+                self._send(_ALERT, _WARNING + bytes([_CLOSE_NOTIFY]))
 
     def _send(self, kind: int, message: bytes) -> None:
-        self._outgoing += self._sealer.seal(self.pool, (message,), kind)
+        self._outgoing += self._seal((message,), kind)
+
+    def _seal(self, buffers: Sequence[Buffer], kind: int) -> list[memoryview]:
+        """What follows an exception must not be taken for what follows C{buffers}: nothing does."""
+        if self._broken:
+            raise _error("nothing can be sent behind what could not be encrypted")
+        self._broken = True
+        sealed: list[memoryview] = self._sealer.seal(self.pool, buffers, kind)
+        self._broken = False
+        return sealed
 
     # Receiving
 
@@ -156,14 +170,16 @@ class RecordEngine(Engine):
         self._fed.append(data)
 
     def read(self, pool: BufferPool) -> list[memoryview]:
-        if self._plain:
-            plain = list(self._plain)
-            self._plain.clear()
-            return plain
-        self._raise_error()
-        views: list[memoryview] = []
-        while self._fed:
-            self._read_from(self._fed.popleft(), pool, views)
+        views = list(self._plain)
+        self._plain.clear()
+        try:
+            while self._fed and self.error is None:
+                self._read_from(self._fed.popleft(), pool, views)
+        except BaseException:
+            # What follows must not be taken for what follows C{views}.
+            self._broken = True
+            self.error = self.error or _error("reading failed")
+            raise
         if not views:
             self._raise_error()
         return views
@@ -236,33 +252,40 @@ class RecordEngine(Engine):
             self.error = _error("alert " + _ALERTS.get(code, str(code)))
 
     def _messages(self) -> None:
-        while len(self._message) >= 4:
-            kind, size = self._message[0], int.from_bytes(self._message[1:4], "big")
-            if kind not in (_KEY_UPDATE, _NEW_SESSION_TICKET) or size > _MESSAGE:
-                raise _Break(_UNEXPECTED_MESSAGE, "unexpected message behind the handshake")
-            if len(self._message) < 4 + size:
-                return
-            body, self._message = self._message[4 : 4 + size], self._message[4 + size :]
+        message = self._message
+        at, end = 0, len(message)
+        while end - at >= 4:
+            kind, size = message[at], int.from_bytes(message[at + 1 : at + 4], "big")
             if kind == _KEY_UPDATE:
-                self._key_update(body)
+                if size != 1:
+                    raise _Break(_DECODE_ERROR, "malformed key update")
+            elif kind != _NEW_SESSION_TICKET or not _TICKET <= size <= _MESSAGE:
+                raise _Break(_UNEXPECTED_MESSAGE, "unexpected message behind the handshake")
             elif self._is_server:
                 raise _Break(_UNEXPECTED_MESSAGE, "a ticket from a client")
+            if end - at < 4 + size:
+                break
+            at += 4 + size
+            if kind == _KEY_UPDATE:
+                if at < end:
+                    raise _Break(_UNEXPECTED_MESSAGE, "other records within a message")
+                self._key_update(message[at - 1])
+        del message[:at]
 
-    def _key_update(self, body: bytes) -> None:
+    def _key_update(self, request: int) -> None:
         """The peer sends with a new key from now on (RFC 8446, 4.6.3)."""
-        if body not in (b"\0", b"\1"):
-            raise _Break(_DECODE_ERROR, "malformed key update")
-        self._check_alone()
+        if request > 1:
+            raise _Break(_ILLEGAL_PARAMETER, "malformed key update")
         self._updates += 1
         if self._updates > _UPDATES:
             raise _Break(_UNEXPECTED_MESSAGE, "too many key updates")
         self._reading = self._reading.updated()
         self._opener = self._new_opener()
         # One answer is enough for all that are asked for before our next data.
-        self._update_due = self._update_due or body == b"\1"
+        self._update_due = self._update_due or request == 1
 
     def _send_fatal(self, alert: int) -> None:
-        if not self._closed:
+        if not (self._closed or self._broken):
             self._send(_ALERT, _FATAL + bytes([alert]))
 
 
@@ -278,7 +301,9 @@ def _count_records(views: Sequence[memoryview]) -> int:
 
 def _can_protect() -> bool:
     ciphers = [suite.cipher for suite in SUITES.values()]
-    return native is not None and all(hasattr(cipher, "encrypt_into") for cipher in ciphers)
+    return native is not None and all(
+        hasattr(c, "encrypt_into") and hasattr(c, "decrypt_into") for c in ciphers
+    )
 
 
 #: Whether this installation has what a L{RecordEngine} needs.
@@ -298,7 +323,7 @@ def take_over(engine: Engine, *, is_server: bool) -> Engine:
     @param engine: by which it was made; what it has not sent is sent by the one returned.
     @return: the fastest engine for what follows: C{engine} itself where its records cannot be taken over.
     """
-    if not _CAN_PROTECT or not isinstance(engine, FastEngine):
+    secrets = take_secrets(engine.connection)  # in any case: nobody else fetches them
+    if secrets is None or not _CAN_PROTECT or not isinstance(engine, FastEngine):
         return engine
-    secrets = take_secrets(engine.connection)
-    return engine if secrets is None else RecordEngine(engine, secrets, is_server)
+    return RecordEngine(engine, secrets, is_server)
