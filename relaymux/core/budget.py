@@ -14,28 +14,30 @@ grow leaves something to the second, and one link cannot starve another.
 
 from __future__ import annotations
 
+from typing import Final
+
 from relaymux.core.replay import HEAD_ROOM
 
 #: The part of a budget that growth leaves alone, so that new streams can begin.
-KEPT_SHARE = 4
+KEPT_SHARE: Final = 4
 
 #: Of what is there to grow into, the part that one growth takes at most.
-GROWTH_SHARE = 2
+GROWTH_SHARE: Final = 2
 
 #: A growth of less than this part of what was asked for is not worth having.
-LEAST_SHARE = 8
+LEAST_SHARE: Final = 8
 
 #: With less than this part of the budget left to grow into it is scarce, and windows
 #: that are larger than their streams need shrink.
-SCARCE_SHARE = 8
+SCARCE_SHARE: Final = 8
 
 #: Bytes that a producer may have written and that are not sent: what is gathered of a
 #: local socket at once.  It pauses while there are any.
-STREAM_WRITES = 512 * 1024
+STREAM_WRITES: Final = 512 * 1024
 
 #: Bytes that a link may hold beside its replay buffer: control frames beyond it, and
 #: the frame that arrives in parts.
-LINK_EXTRA = HEAD_ROOM + 1024 * 1024
+LINK_EXTRA: Final = HEAD_ROOM + 1024 * 1024
 
 
 def stream_beginning(window: int) -> int:

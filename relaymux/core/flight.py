@@ -15,11 +15,12 @@ somebody waits.
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 __all__ = ["FLIGHT_BYTES", "UNBOUNDED", "Flight"]
 
 #: Beyond every offset.
-UNBOUNDED = 2**64
+UNBOUNDED: Final = 2**64
 
 #: Bytes that bulk may have on its way beside a message, on a line that takes no time.
 #: With these, and a PING for every half of them, both daemons have always something to do.
@@ -30,11 +31,11 @@ FLIGHT_BYTES = 256 * 1024
 FASTEST = 1_000_000_000
 
 #: PINGs to be sent in what may be on its way.
-PINGS_PER_FLIGHT = 2
+PINGS_PER_FLIGHT: Final = 2
 
 #: PINGs whose answers are waited for.  More than L{PINGS_PER_FLIGHT} and those of the
 #: keepalive are not on their way at once, unless the peer answers none.
-MOST_UNANSWERED = 8
+MOST_UNANSWERED: Final = 8
 
 
 class Flight:

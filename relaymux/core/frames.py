@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import IntEnum
 from struct import Struct
+from typing import Final
 
 from relaymux.errors import ErrorCode, RemoteProtocolError
 
@@ -26,23 +27,23 @@ from relaymux.errors import ErrorCode, RemoteProtocolError
 #: slice it and hand it on, and must never change it.
 Buffer = bytes | memoryview
 
-HEADER = Struct("!BBHII")
-HEADER_BYTES = HEADER.size
+HEADER: Final = Struct("!BBHII")
+HEADER_BYTES: Final = HEADER.size
 
 #: No control frame needs more: the longest holds a name, an error text and extensions.
-MAX_CONTROL_PAYLOAD = 4096
+MAX_CONTROL_PAYLOAD: Final = 4096
 
 #: Pieces of a DATA payload below this are gathered, so that a peer which dribbles a
 #: large frame in tiny segments cannot make us keep one object for each of them.
-SMALL_PIECE = 2048
+SMALL_PIECE: Final = 2048
 
 
 # The payloads of sequenced frames that have a fixed layout (protocol.md 4, 5).
-CREDIT = Struct("!QQ")
-FIN = Struct("!Q")
-RESET = Struct("!HQ")
-STOP = Struct("!H")
-CLOSED = Struct("!HQ")
+CREDIT: Final = Struct("!QQ")
+FIN: Final = Struct("!Q")
+RESET: Final = Struct("!HQ")
+STOP: Final = Struct("!H")
+CLOSED: Final = Struct("!HQ")
 
 
 class Kind(IntEnum):
@@ -70,9 +71,9 @@ class Kind(IntEnum):
     GOAWAY = 0x19
 
 
-FIRST_SEQUENCED = 0x10
-_KNOWN = frozenset(int(kind) for kind in Kind)
-_DATA = int(Kind.DATA)
+FIRST_SEQUENCED: Final = 0x10
+_KNOWN: Final = frozenset(int(kind) for kind in Kind)
+_DATA: Final = int(Kind.DATA)
 
 
 class Frame:

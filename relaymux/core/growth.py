@@ -16,6 +16,7 @@ it, a replay buffer when it is found full.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from relaymux.core.budget import Account
 from relaymux.core.meter import Fit
@@ -28,17 +29,17 @@ HASTE = 16 * 1024 * 1024
 
 #: A replay buffer grows when this part of it was acknowledged since it last did: with a
 #: peer that acknowledges nothing more memory is of no use.
-WIDEN_SHARE = 4
+WIDEN_SHARE: Final = 4
 
 #: Seconds added to the shortest round trip: where that is next to nothing, what is on its
 #: way waits for two daemons to take their turns.  On two idle processors that takes less
 #: than this, and what is more on its way only fills the processors' caches: 4 MB instead of
 #: 1 MB cost a tenth of the processor time of all (docs/performance.md).
-TURN_SECONDS = 0.0002
+TURN_SECONDS: Final = 0.0002
 
 #: The same until the windows of a session have grown by L{FIRST_BYTES}: daemons that have to
 #: wait for a processor shall not be held to a few hundred kilobytes.
-FIRST_TURN_SECONDS = 0.002
+FIRST_TURN_SECONDS: Final = 0.002
 
 #: What one stream's window grows by at first, from its default of 256 KiB.
 FIRST_BYTES = 768 * 1024

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from struct import Struct
+from typing import Final
 
 from relaymux.core.events import (
     Event,
@@ -48,18 +49,21 @@ from relaymux.core.resume import decode_resume
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
 
-OFFSET = Struct("!Q")
+OFFSET: Final = Struct("!Q")
+
+#: Seconds at which nothing is to be done any more.
+NEVER: Final = float("inf")
 
 #: Seconds until the handshake must be complete.  One round trip; the rest is for a
 #: busy host.  A stranger who says nothing holds a connection no longer than this.
-HANDSHAKE_SECONDS = 5.0
+HANDSHAKE_SECONDS: Final = 5.0
 
 #: PINGs per silence that a peer tolerates: two may be late before the link is given up.
-PINGS_PER_SILENCE = 3
+PINGS_PER_SILENCE: Final = 3
 
 #: Seconds until received bytes are acknowledged when few of them arrive: a fraction
 #: of what matters to the peer's replay buffer, and long enough to gather.
-ACK_SECONDS = 0.025
+ACK_SECONDS: Final = 0.025
 
 
 class LinkState(Enum):
@@ -247,7 +251,7 @@ class Link:
     def next_timer(self) -> float:
         """@return: when L{handle_timer} wants to be called; infinity once the link has ended."""
         if self.ended:
-            return float("inf")
+            return NEVER
         if self.state is not LinkState.OPEN:
             return self._handshake_until
         due = min(self._heard_at + self._silence, self._ping_at)

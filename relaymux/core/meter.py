@@ -5,18 +5,19 @@ Whether a window is as large as what passes in the time for which it has to last
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 #: Round trips within which a window's worth has to pass for the window to be too small.
-GROW_WITHIN = 2
+GROW_WITHIN: Final = 2
 
 #: A window is too large if this many times what passes in L{GROW_WITHIN} round trips
 #: would still be less.
-TOO_LARGE = 8
+TOO_LARGE: Final = 8
 
 
 #: The part of a window that is measured.  A CREDIT is made for every quarter, so the
 #: last one is heard of with the next round trip only, and each growth would take two.
-MEASURED = 3 / 4
+MEASURED: Final = 3 / 4
 
 
 class Fit(Enum):

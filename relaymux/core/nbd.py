@@ -28,6 +28,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from struct import Struct
+from typing import Final
 
 from relaymux.core.frames import Buffer
 
@@ -35,32 +36,32 @@ __all__ = ["Export", "Handshake", "State"]
 
 #: The longest data of an option or a reply.  A name has 4096 bytes at most; QEMU asks for
 #: one or two meta contexts besides.
-LONGEST = 64 * 1024
+LONGEST: Final = 64 * 1024
 
 #: Options that may wait for their answers.  Clients wait for each.
-MOST_PENDING = 16
+MOST_PENDING: Final = 16
 
 #: Options of one handshake.  QEMU needs 3 or 4.
-MOST_OPTIONS = 256
+MOST_OPTIONS: Final = 256
 
-_GREETING = b"NBDMAGICIHAVEOPT"
-_OPTION_MAGIC = int.from_bytes(b"IHAVEOPT", "big")
-_REPLY_MAGIC = 0x3E889045565A9
+_GREETING: Final = b"NBDMAGICIHAVEOPT"
+_OPTION_MAGIC: Final = int.from_bytes(b"IHAVEOPT", "big")
+_REPLY_MAGIC: Final = 0x3E889045565A9
 
-_FIXED_NEWSTYLE = 1
-_KNOWN_CLIENT_FLAGS = 3  # with "no zeroes", which changes nothing of what is read here
+_FIXED_NEWSTYLE: Final = 1
+_KNOWN_CLIENT_FLAGS: Final = 3  # with "no zeroes", which changes nothing of what is read here
 
 _EXPORT_NAME, _ABORT, _STARTTLS, _INFO, _GO = 1, 2, 5, 6, 7
 _ACK, _REPLY_INFO = 1, 3
-_ERROR = 1 << 31
-_INFO_EXPORT = 0
+_ERROR: Final = 1 << 31
+_INFO_EXPORT: Final = 0
 
-_U16 = Struct("!H")
-_U32 = Struct("!I")
-_OPTION = Struct("!QII")
-_REPLY = Struct("!QIII")
-_SIZE = Struct("!QH")
-_INFO_SIZE = Struct("!HQH")
+_U16: Final = Struct("!H")
+_U32: Final = Struct("!I")
+_OPTION: Final = Struct("!QII")
+_REPLY: Final = Struct("!QIII")
+_SIZE: Final = Struct("!QH")
+_INFO_SIZE: Final = Struct("!HQH")
 
 #: Asks for so many bytes at a time, and is sent them.
 _Reading = Generator[int, bytes, None]

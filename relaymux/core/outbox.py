@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 from relaymux.core.flight import UNBOUNDED
 from relaymux.core.frames import CREDIT, FIN, HEADER_BYTES, Buffer, Kind, data_header, encode
@@ -25,15 +26,15 @@ from relaymux.core.stream import ReceiveState, SendState, Stream
 #: Unacknowledged bytes after which an ack is sent at once.  At 10 Gbit/s these are
 #: some 2,400 acks a second.  Fewer would keep more of the sender's buffers lent, and
 #: them out of the processor's cache; an ack per frame would cost a wake-up each.
-ACK_BYTES = 512 * 1024
+ACK_BYTES: Final = 512 * 1024
 
 #: ... but never less often than this share of the peer's replay buffer, which must
 #: not run full between two acks.
-ACK_SHARE = 8
+ACK_SHARE: Final = 8
 
 #: An ack rides along with other frames from this share of the above on: the CREDIT
 #: that a bulk stream causes then carries nearly all of its acks.
-ACK_RIDE_SHARE = 4
+ACK_RIDE_SHARE: Final = 4
 
 
 class Outbox:

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from relaymux.core.frames import Buffer
 from relaymux.errors import ErrorCode, RemoteProtocolError
 
 #: Bytes of control frames that may be unacknowledged beyond the capacity: some ten
 #: thousand frames, of which a peer that acknowledges at all never leaves so many.
-HEAD_ROOM = 256 * 1024
+HEAD_ROOM: Final = 256 * 1024
 
 #: Bytes of memory that a frame costs here beside its own: its tuple, list and header
 #: objects.  Without it, a capacity filled by frames of a few bytes would be exceeded
 #: several times over.
-FRAME_COST = 256
+FRAME_COST: Final = 256
 
 
 #: Times its own length that what is held without a link may pin of others' memory.
-PINNED_SHARE = 4
+PINNED_SHARE: Final = 4
 
 
 class ReplayBuffer:

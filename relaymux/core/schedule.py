@@ -16,24 +16,25 @@ what RFC 8290 (FQ-CoDel) does for flows that are sparse.
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 #: The longest DATA payload we make when one stream alone has something to send: the
 #: cost of a frame is per frame (5 - 20 microseconds of Python on each side), so bulk
 #: wants long ones.  Longer ones than this gain little: a local socket takes about as
 #: much at once.
-BULK_FRAME = 512 * 1024
+BULK_FRAME: Final = 512 * 1024
 
 #: The longest while several streams take turns: 64 KiB are 5 ms at 100 Mbit/s, which
 #: is what a message that is not small waits for each busy neighbour.
-SHARED_FRAME = 64 * 1024
+SHARED_FRAME: Final = 64 * 1024
 
 #: The most that a stream may have to send to go before others: more than what libvirt and
 #: NBD say in between, less than what is read of a stream that is held up by the link.
-LITTLE = 16 * 1024
+LITTLE: Final = 16 * 1024
 
 #: Turns in front of the others in a row: 256 KiB, 20 ms at 100 Mbit/s.  Streams that come
 #: again and again with little are then not all there is.
-LITTLE_TURNS = 16
+LITTLE_TURNS: Final = 16
 
 
 class TurnQueue:

@@ -6,6 +6,8 @@ A session outlives links.  L{Outbox} makes the frames, for whichever link there 
 
 from __future__ import annotations
 
+from typing import Final
+
 from relaymux.core.budget import STREAM_WRITES, Account, stream_beginning
 from relaymux.core.events import Event, StreamClosed
 from relaymux.core.frames import CLOSED, RESET, STOP, Buffer, Kind
@@ -15,10 +17,10 @@ from relaymux.core.outbox import Outbox
 from relaymux.core.stream import ReceiveState, SendState, Stream
 from relaymux.errors import ErrorCode, LocalError
 
-LAST_STREAM_ID = 2**32 - 1
+LAST_STREAM_ID: Final = 2**32 - 1
 
 #: Why a stream cannot be, for logs and for the peer.
-NO_MEMORY = "there is no memory left for another stream"
+NO_MEMORY: Final = "there is no memory left for another stream"
 
 
 class Speaker(Outbox):

@@ -10,16 +10,18 @@ its sender after one window, and nothing else.
 
 from __future__ import annotations
 
+from typing import Final
+
 from relaymux.core.meter import Meter
 from relaymux.errors import ErrorCode, LocalError, RemoteProtocolError
 
 #: Highest offset that is legal: leaves the top bit for sums that cannot overflow.
-MAX_OFFSET = 2**63 - 1
+MAX_OFFSET: Final = 2**63 - 1
 
 #: A grant waits until this share of the window was consumed.  With a quarter the
 #: sender always has at least three quarters of a window of credit in hand as long
 #: as the consumer keeps up, and four CREDIT frames are sent per window.
-GRANT_SHARE = 4
+GRANT_SHARE: Final = 4
 
 
 class SendWindow:

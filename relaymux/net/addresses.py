@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -16,8 +17,14 @@ __all__ = ["address_of", "describe", "parse_host_port"]
 def address_of(raw: Any) -> IAddress:
     """@param raw: what the socket module says, as from C{getsockname}: for UNIX sockets no tuple."""
     if not isinstance(raw, tuple):
-        return UNIXAddress(raw or None)
+        return _unix_address(raw or None)
     return IPv4Address("TCP", raw[0], raw[1]) if len(raw) == 2 else IPv6Address("TCP", *raw)
+
+
+@lru_cache(maxsize=64)
+def _unix_address(name: str | bytes | None) -> UNIXAddress:
+    """All connections of a listener have the same two: its own, and that of a socket without a name."""
+    return UNIXAddress(name)
 
 
 def describe(address: IAddress) -> str:

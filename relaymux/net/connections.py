@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
@@ -22,15 +23,15 @@ from relaymux.net.streams import OpenRequest
 
 __all__ = ["Connection", "Connections", "LocalSocket", "Totals"]
 
-_log = Logger("relaymux.socket")
+_log: Final = Logger("relaymux.socket")
 
 #: Seconds that a connection has been open when that is said.  Of one that is over by then
 #: there is one line, which says all that two would.
-SAY_SECONDS = 0.1
+SAY_SECONDS: Final = 0.1
 
 #: Bytes in one interval below which nothing is said of progress: libvirt's keepalive, and
 #: what it says while a migration runs, stay below.
-PROGRESS_LEAST = 64 * 1024
+PROGRESS_LEAST: Final = 64 * 1024
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ is where it can be seen whether a program closed, and which, or whether relaymux
 
 from __future__ import annotations
 
+from typing import Final
+
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 
@@ -14,18 +16,18 @@ from relaymux.errors import ErrorCode, GivenUp, SessionLost, StreamReset
 
 __all__ = ["Ending"]
 
-HERE = "the program here"
-THERE = "the program at the other end"
+HERE: Final = "the program here"
+THERE: Final = "the program at the other end"
 
 #: Of a stream: what its code says.
-_STREAM_ENDED = {
+_STREAM_ENDED: Final = {
     int(ErrorCode.LOCAL_RESET): f"{THERE} reset it",
     int(ErrorCode.LOCAL_CLOSED): f"{THERE} closed it before it had taken everything",
     int(ErrorCode.ABORTED): "the other daemon gave it up",
 }
 
 #: Of a session, with all its streams.
-_SESSION_ENDED = {
+_SESSION_ENDED: Final = {
     int(ErrorCode.SESSION_EXPIRED): "relaymux gave up",
     int(ErrorCode.PEER_RESTARTED): "the other daemon is another process now",
     # What a daemon that was started anew says when it is dialled.

@@ -9,6 +9,7 @@ order is none of this: it is always said.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
@@ -17,8 +18,8 @@ from relaymux.net.amounts import exact_amount
 __all__ = ["MOST_LINES", "Endings"]
 
 #: Lines of one section in L{INTERVAL} seconds; those beyond are counted, and one line says so.
-MOST_LINES = 100
-INTERVAL = 1.0
+MOST_LINES: Final = 100
+INTERVAL: Final = 1.0
 
 
 class Endings:

@@ -14,7 +14,7 @@ from socket import (
     TCP_USER_TIMEOUT,
     socket,
 )
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IAddress, IProtocol, ITCPTransport
@@ -29,24 +29,24 @@ __all__ = ["TCPTransport", "UNIXTransport", "transport_for", "tune_link"]
 
 #: Bytes the kernel may hold that it has not sent yet.  What is urgent then
 #: waits behind this much in front of it and not behind megabytes.
-NOTSENT_LOWAT = 512 * 1024
+NOTSENT_LOWAT: Final = 512 * 1024
 
 #: Milliseconds that sent bytes may stay unacknowledged before the connection
 #: is lost; the kernel's own patience is about 15 minutes.
-USER_TIMEOUT = 20_000
+USER_TIMEOUT: Final = 20_000
 
 #: Bytes worth waiting for: fewer arrive in about the time that a wake-up takes.
-LEAST_EXPECTED = 64 * 1024
+LEAST_EXPECTED: Final = 64 * 1024
 
 #: Bytes waited for at most.  Twice as many are what the kernel makes room for, and
 #: bytes of more than this at once would fall out of the second-level cache.
-MOST_EXPECTED = 256 * 1024
+MOST_EXPECTED: Final = 256 * 1024
 
 #: Bytes that a UNIX socket shall take at once, asked for: more than a bulk frame.
 #: Linux's default of 208 KiB is less, and every such write would be cut in two
 #: with a wait in between.  Without privileges the kernel grants up to twice
 #: C{net.core.wmem_max}, 416 KiB by default.
-UNIX_SEND_BUFFER = 1024 * 1024
+UNIX_SEND_BUFFER: Final = 1024 * 1024
 
 
 class TCPTransport(SocketTransport):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Final
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -42,10 +43,10 @@ from relaymux.net.streams import Service, SessionStreams
 
 __all__ = ["Identity", "LinkListener", "SessionKeeper"]
 
-_log = Logger("relaymux.link")
+_log: Final = Logger("relaymux.link")
 
 #: Events that are not about a stream.
-_OF_A_LINK = (
+_OF_A_LINK: Final = (
     HelloReceived,
     WelcomeReceived,
     ResumeReceived,
@@ -56,14 +57,14 @@ _OF_A_LINK = (
 
 #: Seconds that the accepting side holds a session beyond the window, so that the
 #: dialling side, which knows whether it is still trying, is the one to give up.
-ACCEPTOR_GRACE = 5.0
+ACCEPTOR_GRACE: Final = 5.0
 
 #: Connections that may be in their handshake at a time: an honest peer has one, and
 #: a stranger on a plain TCP port cannot use up the descriptors of those that are up.
-MAX_HANDSHAKES = 32
+MAX_HANDSHAKES: Final = 32
 
 #: Refusals of a RESUME after which the session cannot go on.
-_SESSION_GONE = frozenset({ErrorCode.UNKNOWN_SESSION, ErrorCode.OFFSET_MISMATCH})
+_SESSION_GONE: Final = frozenset({ErrorCode.UNKNOWN_SESSION, ErrorCode.OFFSET_MISMATCH})
 
 
 class SessionKeeper:

@@ -15,7 +15,7 @@ pauses, or two daemons waiting for one another's credit would wait for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 from typing import Protocol as Contract
 
 from twisted.internet.interfaces import IDelayedCall, IProtocol, IPushProducer, IReactorTime
@@ -26,7 +26,7 @@ from zope.interface import classImplements
 
 from relaymux.core.events import Event, LinkEnded
 from relaymux.core.frames import Buffer
-from relaymux.core.link import Link
+from relaymux.core.link import NEVER, Link
 from relaymux.core.resume import EXPORTER_BYTES, EXPORTER_LABEL
 from relaymux.interfaces import (
     IBufferReceiver,
@@ -39,14 +39,14 @@ from relaymux.net.turns import turns_for
 
 __all__ = ["LinkListener", "LinkOwner", "LinkProtocol"]
 
-_log = Logger("relaymux.link")
+_log: Final = Logger("relaymux.link")
 
 #: Data handed to the transport at once.  What the kernel does not take of it is all
 #: that can be in front of an urgent frame in this process.
-FLUSH_BYTES = 512 * 1024
+FLUSH_BYTES: Final = 512 * 1024
 
 #: Seconds for the last frame (the reason) to leave before the connection is aborted.
-CLOSE_SECONDS = 5.0
+CLOSE_SECONDS: Final = 5.0
 
 
 class LinkOwner(Contract):
@@ -111,7 +111,7 @@ class LinkProtocol:
         self._buffer_transport: IBufferTransport | None = None
         self._expecting_transport: IExpectingTransport | None = None
         self._timer: IDelayedCall | None = None
-        self._timer_at = float("inf")
+        self._timer_at = NEVER
         self._close_timer: IDelayedCall | None = None
         self._soon: IDelayedCall | None = None
 
@@ -287,7 +287,7 @@ class LinkProtocol:
     def _schedule(self) -> None:
         """See that C{handle_timer} is called in time; an earlier call than needed does no harm."""
         due = self.link.next_timer()
-        if due == float("inf") or self._closing:
+        if due == NEVER or self._closing:
             return
         if self._timer is not None and self._timer.active():
             if self._timer_at <= due:

@@ -16,7 +16,7 @@ from socket import (
     has_dualstack_ipv6,
     socket,
 )
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import (
@@ -40,24 +40,24 @@ from relaymux.net.families import transport_for
 
 __all__ = ["SocketListener", "bind_tcp", "listen_on"]
 
-_log = Logger("relaymux.net.listen")
+_log: Final = Logger("relaymux.net.listen")
 
 #: Connections that may wait to be accepted.  QEMU opens one per multifd
 #: channel at once, and a full UNIX backlog refuses with EAGAIN.
-BACKLOG = 128
+BACKLOG: Final = 128
 
 #: Connections accepted before others have their turn in the reactor.
-ACCEPT_TURN = 64
+ACCEPT_TURN: Final = 64
 
 #: Seconds without accepting when the system is short of descriptors or
 #: memory.  Waiting clients stay in the backlog, in order.
 SHORTAGE_PAUSE = 1.0
 
-_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_SHORTAGE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 #: What C{accept} reports of the one connection it was about to return; the
 #: listening socket itself is well (accept(2), "Error handling").
-_ONE_CONNECTION = (
+_ONE_CONNECTION: Final = (
     errno.ECONNABORTED,
     errno.EPERM,
     errno.EPROTO,

@@ -5,6 +5,7 @@ Streams that are wanted before there is a link to open them on.
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from relaymux.errors import LocalError, RelaymuxError
 from relaymux.net.streams import OpenRequest, SessionStreams
@@ -13,7 +14,7 @@ __all__ = ["MAX_WAITING", "WaitingRoom"]
 
 #: Local connections that wait for a link, per peer.  Each holds one descriptor
 #: and is closed after its open timeout; more than this is refused at once.
-MAX_WAITING = 1024
+MAX_WAITING: Final = 1024
 
 
 class WaitingRoom:

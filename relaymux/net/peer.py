@@ -4,6 +4,8 @@ The other daemon, as this one knows it: its session, its services, who waits for
 
 from __future__ import annotations
 
+from typing import Final
+
 from twisted.internet.defer import Deferred, succeed
 
 from relaymux.errors import ErrorCode, LocalError, StreamReset
@@ -14,7 +16,7 @@ from relaymux.net.streams import OpenRequest, Service
 __all__ = ["Identity", "LinkListener", "Peer"]
 
 #: Seconds between two looks at whether everything was delivered, while draining.
-DRAIN_INTERVAL = 0.05
+DRAIN_INTERVAL: Final = 0.05
 
 
 class Peer(SessionKeeper):

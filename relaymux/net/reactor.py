@@ -10,7 +10,7 @@ the reactor does is only done when there is a reason.  Everything else is as it 
 from __future__ import annotations
 
 import sys
-from select import EPOLLIN
+from select import EPOLLIN, EPOLLOUT
 from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
@@ -37,6 +37,8 @@ _USED = (
     "threadCallQueue",
 )
 
+
+_IN_OR_OUT = EPOLLIN | EPOLLOUT
 
 #: Seconds to wait at most: epoll_wait(2) takes milliseconds as an int.
 LONGEST_WAIT = 2_000_000.0
@@ -67,7 +69,8 @@ class RelayReactor(EPollReactor):
             events = this._poller.poll(-1 if timeout is None else timeout, len(selectables))
             for descriptor, event in events:
                 selectable = selectables.get(descriptor)
-                if event == EPOLLIN and isinstance(selectable, Descriptor):
+                # With EPOLLHUP too, reading finds the end, or what came before it.
+                if event & _IN_OR_OUT == EPOLLIN and isinstance(selectable, Descriptor):
                     self._read(selectable)
                 elif selectable is not None:
                     callWithLogger(selectable, this._doReadOrWrite, selectable, descriptor, event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from socket import socket
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.interfaces import IProtocol
 
@@ -18,20 +18,20 @@ from relaymux.net.turns import Talker, turns_for
 __all__ = ["PLAIN_READ", "READ_ROOM", "ReceivingSocket"]
 
 #: Free space wanted for a read; with less left a new buffer is begun.
-READ_ROOM = 64 * 1024
+READ_ROOM: Final = 64 * 1024
 
 #: A read that brought this much is followed by another one at once: bulk is
 #: flowing, and meanwhile more has arrived.  Going back to the reactor for it would
 #: cost a wake-up per read; measured over a TCP link, this takes the source's from
 #: 4,600 to 1,600 per GB.
-READ_AGAIN = 16 * 1024
+READ_AGAIN: Final = 16 * 1024
 
 #: Bytes read and dropped, or given to a protocol that takes C{bytes}, before others have
 #: their turn in the reactor.
-READ_TURN = 1024 * 1024
+READ_TURN: Final = 1024 * 1024
 
 #: Bytes at most to a protocol that takes C{bytes}, as Twisted does it.
-PLAIN_READ = 64 * 1024
+PLAIN_READ: Final = 64 * 1024
 
 
 class ReceivingSocket(SendingSocket):

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from socket import socket
-from typing import Any
+from typing import Any, Final
 
 from relaymux.interfaces import Buffer, IBufferReceiver
 from relaymux.net.descriptor import Consumer
@@ -15,10 +15,10 @@ __all__ = ["SendingSocket", "total_length"]
 
 #: Buffers gathered for one C{sendmsg}.  The kernel allows 1024; a socket
 #: rarely has room for this many, and the rest was gathered in vain.
-SEND_BUFFERS = 64
+SEND_BUFFERS: Final = 64
 
 #: What may be queued by reference.
-_BUFFERS = frozenset((bytes, memoryview))
+_BUFFERS: Final = frozenset((bytes, memoryview))
 
 
 def total_length(buffers: Sequence[Buffer]) -> int:

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from socket import SHUT_RD, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
 from struct import pack
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
@@ -68,9 +68,9 @@ LINGER_SECONDS = 1.0
 #: Seconds until another try when the kernel is short of memory.
 MEMORY_PAUSE = 0.1
 
-_log = Logger("relaymux.net.sockets")
+_log: Final = Logger("relaymux.net.sockets")
 
-_SHORT_OF_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
+_SHORT_OF_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
 
 
 class SocketTransport(ReceivingSocket):
@@ -97,7 +97,7 @@ class SocketTransport(ReceivingSocket):
         self._output_reset = False
         self._ending: Exception | None = None
         self._timers: list[IDelayedCall] = []
-        self._log_prefix = _prefix(protocol)
+        self._half_closeable = IHalfCloseableProtocol(protocol, None)
         # Asked now, since nobody can ask a closed socket.
         self._host = address_of(sock.getsockname())
         self._peer = peer or address_of(sock.getpeername())
@@ -114,7 +114,9 @@ class SocketTransport(ReceivingSocket):
     # What the socket is
 
     def logPrefix(self) -> str:
-        return self._log_prefix
+        """What Twisted calls the protocol in its log."""
+        protocol = self.protocol
+        return str(protocol.logPrefix()) if ILoggingContext.providedBy(protocol) else type(protocol).__name__
 
     def getHost(self) -> IAddress:
         return self._host
@@ -139,7 +141,7 @@ class SocketTransport(ReceivingSocket):
         """The peer sends nothing more."""
         self._input_open = False
         self.stopReading()
-        half_closeable = IHalfCloseableProtocol(self.protocol, None)
+        half_closeable = self._half_closeable
         if self.disconnecting or self._output_reset:
             pass
         elif half_closeable is not None:
@@ -172,7 +174,7 @@ class SocketTransport(ReceivingSocket):
 
     def _output_failed(self, reason: Exception) -> None:
         """What is written is lost; what the peer sent before is not."""
-        half_closeable = IHalfCloseableProtocol(self.protocol, None)
+        half_closeable = self._half_closeable
         if not self._input_open:
             self._close(reason)
         elif half_closeable is None or self.disconnecting:
@@ -297,7 +299,7 @@ class SocketTransport(ReceivingSocket):
             self.socket.shutdown(SHUT_WR)
         except OSError as error:
             self._ending = ConnectionLost(f"closing {describe(self._peer)}: {error.strerror}")
-        half_closeable = IHalfCloseableProtocol(self.protocol, None)
+        half_closeable = self._half_closeable
         if self.disconnecting or not self._input_open:
             self._linger()
         elif half_closeable is not None:
@@ -345,13 +347,8 @@ class SocketTransport(ReceivingSocket):
         try:
             call()
         except Exception as error:
-            _log.failure("exception from {protocol}", protocol=self._log_prefix)
+            _log.failure("exception from {protocol}", protocol=self.logPrefix())
             self._close(error)
-
-
-def _prefix(protocol: IProtocol) -> str:
-    """@return: what Twisted calls C{protocol} in its log."""
-    return str(protocol.logPrefix()) if ILoggingContext.providedBy(protocol) else type(protocol).__name__
 
 
 classImplements(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.error import ConnectionAborted
 from twisted.internet.interfaces import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["StreamAddress", "StreamTransport"]
 
 
-_log = Logger("relaymux.link")
+_log: Final = Logger("relaymux.link")
 
 
 @implementer(IAddress)
@@ -83,6 +83,7 @@ class StreamTransport:
         self._session = streams.session
         self._protocol: IProtocol | None = None
         self._receiver: IBufferReceiver | None = None
+        self._half_closeable: IHalfCloseableProtocol | None = None
         self._manual_credit = False
         self._paused = False
         self._delivering = False
@@ -110,6 +111,7 @@ class StreamTransport:
             return
         self._protocol = protocol
         self._manual_credit = manual_credit
+        self._half_closeable = IHalfCloseableProtocol(protocol, None)
         if IBufferReceiver.providedBy(protocol):
             self._receiver = protocol
         self._call(protocol.makeConnection, self)
@@ -313,7 +315,7 @@ class StreamTransport:
             self._stopped_pending = True
             return
         self._call(self._producer.stop)
-        half_closeable = IHalfCloseableProtocol(self._protocol, None)
+        half_closeable = self._half_closeable
         if self.disconnecting:
             pass  # nobody wants to know; what is lost is told when all is over
         elif half_closeable is not None:
@@ -327,7 +329,7 @@ class StreamTransport:
             self._call(self._producer.go_on)
         elif self._finishing and not self._is_finishing:
             self._finishing = False
-            half_closeable = IHalfCloseableProtocol(self._protocol, None)
+            half_closeable = self._half_closeable
             if half_closeable is not None and not self.disconnecting:
                 self._call(half_closeable.writeConnectionLost)
 
@@ -342,6 +344,7 @@ class StreamTransport:
         self._call(self._producer.stop)
         self._streams.gone(self, reason)
         protocol, self._protocol = self._protocol, None
+        self._half_closeable = None
         given_up, self._given_up = self._given_up, None
         if protocol is not None:
             self._call(protocol.connectionLost, reason)
@@ -354,7 +357,7 @@ class StreamTransport:
 
         @param reason: why that is no good; L{None} if it was in order.
         """
-        half_closeable = IHalfCloseableProtocol(self._protocol, None)
+        half_closeable = self._half_closeable
         if self._finish_pending and half_closeable is not None:
             # The consumer was given the last bytes just now, and hears of their end first.
             self._finish_pending = False
@@ -380,7 +383,7 @@ class StreamTransport:
         self._delivering = False
         if self._finish_pending and not self._inbox and not self._paused and self.connected:
             self._finish_pending = False
-            half_closeable = IHalfCloseableProtocol(self._protocol, None)
+            half_closeable = self._half_closeable
             if half_closeable is not None:
                 self._call(half_closeable.readConnectionLost)
             else:

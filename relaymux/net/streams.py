@@ -5,6 +5,7 @@ The streams of one session, as transports: who gets which event, who waits for a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Final
 from typing import Protocol as Contract
 
 from twisted.internet.interfaces import IDelayedCall
@@ -32,7 +33,7 @@ from relaymux.net.stream import StreamTransport
 __all__ = ["OpenRequest", "Service", "SessionStreams"]
 
 
-_log = Logger("relaymux.link")
+_log: Final = Logger("relaymux.link")
 
 
 class Service(Contract):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from OpenSSL import SSL
 
@@ -26,21 +26,21 @@ __all__ = ["BATCH", "CIPHER_BUFFER_SIZE", "RECORD", "Engine", "FastEngine", "mak
 #: Plain bytes encrypted before they are sent: what a link hands over at once
 #: (L{relaymux.net.link.FLUSH_BYTES} and a frame more, with their headers), so that no
 #: frame's last bytes leave alone and wake the peer for nothing.
-BATCH = 640 * 1024
+BATCH: Final = 640 * 1024
 
 #: A batch encrypted: each record of 16 KiB grows by 22 bytes.  A pool with
 #: buffers of this size holds a batch in one.
-CIPHER_BUFFER_SIZE = BATCH + 16 * 1024
+CIPHER_BUFFER_SIZE: Final = BATCH + 16 * 1024
 
 #: Free space wanted to read into.
-_ROOM = 64 * 1024
+_ROOM: Final = 64 * 1024
 
 #: The most that one TLS record holds.
-RECORD = 16 * 1024
+RECORD: Final = 16 * 1024
 
 #: Buffers up to this size are put together with what follows: a record of
 #: their own would cost more than the copy.
-_SMALL = 2048
+_SMALL: Final = 2048
 
 _BINDINGS: tuple[str, ...] = (
     "BIO_get_mem_data",
@@ -55,7 +55,7 @@ _BINDINGS: tuple[str, ...] = (
     "SSL_set_bio",
     "SSL_write",
 )
-_ATTRIBUTES = ("_ssl", "_into_ssl", "_from_ssl", "_raise_ssl_error")
+_ATTRIBUTES: Final = ("_ssl", "_into_ssl", "_from_ssl", "_raise_ssl_error")
 
 
 class Engine:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag
 from OpenSSL import SSL
@@ -34,23 +34,23 @@ __all__ = ["KEY_RECORDS", "RecordEngine", "prepare", "take_over"]
 KEY_RECORDS = 2**24
 
 #: New keys that a peer may take without sending anything between them.
-_UPDATES = 32
+_UPDATES: Final = 32
 
 #: The longest message behind the handshake: a ticket for a session, which nobody uses here.
-_MESSAGE = 128 * 1024
+_MESSAGE: Final = 128 * 1024
 
 #: The shortest (RFC 8446, 4.6.1): lifetime, age, nonce, a ticket of one byte, extensions.
-_TICKET = 14
+_TICKET: Final = 14
 
-_HEADER = 5
+_HEADER: Final = 5
 _ALERT, _HANDSHAKE, _DATA = 21, 22, 23
 _NEW_SESSION_TICKET, _KEY_UPDATE = 4, 24
 _WARNING, _FATAL = b"\1", b"\2"
 _CLOSE_NOTIFY, _UNEXPECTED_MESSAGE, _ILLEGAL_PARAMETER, _DECODE_ERROR, _USER_CANCELED = 0, 10, 47, 50, 90
-_KEY_UPDATE_NOT_REQUESTED = b"\x18\0\0\1\0"
+_KEY_UPDATE_NOT_REQUESTED: Final = b"\x18\0\0\1\0"
 
 #: Alerts by which a peer ends a connection (RFC 8446, 6.2).
-_ALERTS = {
+_ALERTS: Final = {
     10: "unexpected message",
     20: "bad record mac",
     22: "record overflow",

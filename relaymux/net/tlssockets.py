@@ -24,7 +24,7 @@ told by C{connectionLost} as a L{TransportError}.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 from typing import Protocol as Contract
 
 from OpenSSL import SSL
@@ -62,7 +62,7 @@ from relaymux.net.tlswriting import EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
 
-_log = Logger("relaymux.net.tlssockets")
+_log: Final = Logger("relaymux.net.tlssockets")
 
 #: From the connection to the checked peer, however slowly bytes trickle in.
 HANDSHAKE_SECONDS = 10.0

@@ -16,6 +16,7 @@ of whom it is known that it will be little.
 from __future__ import annotations
 
 import select
+from typing import Final
 from typing import Protocol as Contract
 from weakref import WeakKeyDictionary
 
@@ -34,20 +35,20 @@ __all__ = [
 #: Bytes gathered of one socket at most before they are handed on, while nobody talks: one
 #: bulk frame, and what the memory of a daemon allows a stream to have written
 #: (L{relaymux.core.budget.STREAM_WRITES}).
-LONG_TURN = 512 * 1024
+LONG_TURN: Final = 512 * 1024
 
 #: The same while somebody talks.  A turn of this is some 0.15 ms of work with TLS; shorter
 #: ones cost bulk more per byte, and with the processors busy nobody's answer comes earlier.
-SHORT_TURN = 128 * 1024
+SHORT_TURN: Final = 128 * 1024
 
 #: Seconds for which a connection counts as talking after it said something, and as bulk
 #: after it carried more than L{LITTLE} at once: longer than a request over a long line
 #: takes, and too short for libvirt's keepalive, every 5 s, to cost anything.
-TALK_SECONDS = 0.25
+TALK_SECONDS: Final = 0.25
 
 #: Sockets that are looked at before a turn of bulk: those that were read last.  Asking the
 #: kernel about one costs some 0.1 microseconds.
-MOST_EXPECTED = 16
+MOST_EXPECTED: Final = 16
 
 
 class LittleReader(Contract):
