@@ -19,7 +19,7 @@ from relaymux.core.schedule import SHARED_FRAME
 from relaymux.interfaces import IBufferTransport, IExportingTransport, IIdentifiedTransport
 from relaymux.net import tlssockets
 from relaymux.net.link import FLUSH_BYTES, LinkProtocol
-from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, FastEngine
 from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
 from tests.tls import AUTHORITY, ENGINES, SERVER, TLSTestCase
 
@@ -87,6 +87,21 @@ class EstablishedTests(TLSTestCase):
                     self.assertEqual(client.written, len(LARGE))
                 self.assertEqual(client.transport.queuedBytes, 0)
                 await self.all_closed()
+
+    async def test_records_by_openssl(self) -> None:
+        """A link whose section says so leaves all of TLS to OpenSSL; its peer need not."""
+        files = self.files(SERVER, "client.example")
+        files.options["tls-records"] = "openssl"
+        client = await self.connect(self.serve(files.identity()))
+        await self.until(lambda: self.server.made, "the server knew its peer")
+        server = self.server.made[0]
+        self.assertIs(type(server.transport._engine), FastEngine)
+        self.assertIs(type(client.transport._engine), ENGINES[-1])
+        client.transport.writeBuffers([LARGE])
+        server.transport.writeBuffers([LARGE])
+        await self.arrived(server, len(LARGE))
+        await self.arrived(client, len(LARGE))
+        self.assertEqual((client.received, server.received), (LARGE, LARGE))
 
     async def test_many_sizes(self) -> None:
         """Small and large buffers in any mixture come out as one stream."""

@@ -307,11 +307,20 @@ class SettingsTests(SynchronousTestCase):
         tls.server(reactor, self.files.settings())
 
     def test_keys(self) -> None:
-        """Each key is needed, and its help says what it is."""
-        for key in tls.keys:
+        """Each key but one is needed, and its help says what it is."""
+        self.assertNotIn("tls-records", self.files.options)
+        for key in set(tls.keys) - {"tls-records"}:
             self.setUp()
             del self.files.options[key]
             self.refused(key, "missing", tls.keys[key])
+
+    def test_records(self) -> None:
+        """Records are protected by one of two, and by nobody else."""
+        for name in ("relaymux", "openssl"):
+            self.files.options["tls-records"] = name
+            self.test_good()
+        self.files.options["tls-records"] = "kernel"
+        self.refused("tls-records", "kernel", "relaymux or openssl")
 
     def test_missing_files(self) -> None:
         """A file that is not there is named."""

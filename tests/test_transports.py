@@ -84,6 +84,14 @@ class TLSBufferTests(BufferConformance, TLSTests):
     """The same with buffers."""
 
 
+class TLSByOpenSSLTests(TLSBufferTests):
+    """The same with records that OpenSSL protects."""
+
+    def _with_files(self, settings: TransportSettings, own: str, peer: str) -> TransportSettings:
+        found = super()._with_files(settings, own, peer)
+        return TransportSettings(found.address, {**found.options, "tls-records": "openssl"}, self.directory)
+
+
 class UNIXTests(Limits, TransportConformance, TestCase):
     """C{transport = unix}"""
 

@@ -35,12 +35,15 @@ class Credentials:
     @ivar private_key: PEM, unencrypted, for the daemon's user alone.
     @ivar ca: PEM: the only authorities that are believed.
     @ivar peer: the name the other end must have.
+    @ivar own_records: whether to protect records by ourselves where that is possible
+        (L{relaymux.net.tlsrecords}); else OpenSSL does.
     """
 
     certificate: Path
     private_key: Path
     ca: Path
     peer: PeerName
+    own_records: bool = True
 
     def context(self) -> SSL.Context:
         """
@@ -68,7 +71,8 @@ class Credentials:
         # Without a cache the tickets that TLS 1.3 still sends resume nothing.
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_tls13_ciphersuites(CIPHERS)
-        prepare(context)
+        if self.own_records:
+            prepare(context)
         try:
             context.use_certificate(chain[0])
             for intermediate in chain[1:]:

@@ -36,6 +36,7 @@ class TLS:
         "private-key": "PEM file: the key of the certificate; readable by the daemon's user only",
         "ca": "PEM file: the only authorities whose certificates are accepted",
         "peer": "the DNS name or IP address that must be in the peer's certificate",
+        "tls-records": "who protects what is sent: relaymux, for less CPU per byte, or openssl",
     }
 
     def client(self, reactor: Any, settings: TransportSettings) -> IStreamClientEndpoint:
@@ -54,14 +55,23 @@ class TLS:
 
     def _identity(self, settings: TransportSettings) -> TLSIdentity:
         for key, meaning in self.keys.items():
-            if not settings.options.get(key):
+            if key != "tls-records" and not settings.options.get(key):
                 raise ConfigurationError("this key is missing", key=key, expected=meaning)
+        records = settings.options.get("tls-records", "relaymux")
+        if records not in ("relaymux", "openssl"):
+            raise ConfigurationError(
+                "there is nobody of this name",
+                key="tls-records",
+                found=records,
+                expected="relaymux or openssl",
+            )
         return TLSIdentity(
             Credentials(
                 certificate=settings.path("certificate"),
                 private_key=settings.path("private-key"),
                 ca=settings.path("ca"),
                 peer=PeerName(settings.options["peer"]),
+                own_records=records == "relaymux",
             )
         )
 
