@@ -96,6 +96,61 @@ class ReactorTests(SynchronousTestCase):
         self.run_reactor()
         self.assertEqual(far_end.deliveries, 1)
 
+    def test_turns_end(self) -> None:
+        """What is to be done at the end of a turn is: behind all that can be read now, before any waiting."""
+        near, near_end, far, far_end = self.pair()
+        called: list[str] = []
+
+        def end(name: str) -> Callable[[], None]:
+            return lambda: called.append(name)
+
+        def read(name: str) -> Callable[[], None]:
+            def on_data() -> None:
+                called.append(f"read {name}")
+                self.reactor.callAtTurnsEnd(end(f"end {name}"))
+
+            return on_data
+
+        near_end.on_data, far_end.on_data = read("near"), read("far")
+
+        def both_write() -> None:
+            near.write(b"x")
+            far.write(b"x")
+            self.reactor.callAtTurnsEnd(end("end of a timer"))
+            self.reactor.callLater(0.05, self.reactor.stop)
+
+        self.reactor.callLater(0.01, both_write)
+        self.run_reactor()
+        self.assertEqual(sorted(called[:2]), ["read far", "read near"])
+        self.assertEqual(sorted(called[2:]), ["end far", "end near", "end of a timer"])
+
+    def test_turns_end_again_and_again(self) -> None:
+        """Who asks for another turn's end each time keeps nobody from reading, nor timers from their time."""
+        near, _, _, far_end = self.pair()
+        times: list[float] = []
+
+        def again() -> None:
+            times.append(self.reactor.seconds())
+            if not far_end.received:
+                self.reactor.callAtTurnsEnd(again)
+
+        self.reactor.callWhenRunning(again)
+        self.reactor.callLater(0.01, near.write, b"x")
+        self.stop_when(far_end, lambda: True)
+        self.run_reactor()
+        self.assertGreater(len(times), 2)
+
+    def test_turns_end_that_raises(self) -> None:
+        """An exception is logged, and the others have their turn."""
+
+        def stop() -> None:
+            self.reactor.callLater(0, self.reactor.stop)
+
+        self.reactor.callWhenRunning(self.reactor.callAtTurnsEnd, lambda: 1 / 0)
+        self.reactor.callWhenRunning(self.reactor.callAtTurnsEnd, stop)
+        self.run_reactor()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
     def test_timers_beside_bulk(self) -> None:
         """What is due is called while sockets have always something to read; new timers count as well."""
         near, _, _, far_end = self.pair()

@@ -113,7 +113,12 @@ class LinkProtocol:
         self._timer: IDelayedCall | None = None
         self._timer_at = NEVER
         self._close_timer: IDelayedCall | None = None
-        self._soon: IDelayedCall | None = None
+        # The daemon's own reactor has it; others, and clocks, do not.
+        self._at_turns_end: Callable[[Callable[[], None]], None] | None = getattr(
+            reactor, "callAtTurnsEnd", None
+        )
+        self._soon = False
+        self._soon_timer: IDelayedCall | None = None
 
     @property
     def peer_identity(self) -> str:
@@ -153,10 +158,10 @@ class LinkProtocol:
         if not self.connected:
             return  # it never was
         self._closing = self._lost = True
-        for timer in (self._timer, self._close_timer, self._soon):
+        for timer in (self._timer, self._close_timer, self._soon_timer):
             if timer is not None and timer.active():
                 timer.cancel()
-        self._timer = self._close_timer = self._soon = None
+        self._timer = self._close_timer = self._soon_timer = None
         self._owner.link_lost(self, reason)
 
     # IBufferReceiver
@@ -216,11 +221,16 @@ class LinkProtocol:
         A program that closes a connection and opens the next causes both within one
         turn: two frames, which then leave at once and wake the peer once.
         """
-        if self._soon is None and not self._receiving and not self._closing:
-            self._soon = self._reactor.callLater(0, self._turn_over)
+        if self._soon or self._receiving or self._closing:
+            return
+        self._soon = True
+        if self._at_turns_end is not None:
+            self._at_turns_end(self._turn_over)
+        else:
+            self._soon_timer = self._reactor.callLater(0, self._turn_over)
 
     def _turn_over(self) -> None:
-        self._soon = None
+        self._soon, self._soon_timer = False, None
         self.flush()
 
     def end(self, event: LinkEnded) -> None:

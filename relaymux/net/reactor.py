@@ -10,6 +10,7 @@ the reactor does is only done when there is a reason.  Everything else is as it 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from select import EPOLLIN, EPOLLOUT
 from typing import Any
 
@@ -49,6 +50,20 @@ class RelayReactor(EPollReactor):
 
     _once = False
 
+    def __init__(self) -> None:
+        # Of links that have something to say; each is here at most once.
+        self._turn_ends: list[Callable[[], None]] = []
+        super().__init__()
+
+    def callAtTurnsEnd(self, call: Callable[[], None]) -> None:
+        """
+        Call C{call} when all sockets that have something now were read, and before waiting for more.
+
+        What C{callLater} with 0 does, at a fifth of the cost, for one who never changes his mind.
+        C{call} may ask for another one: that has its turn behind whatever has happened meanwhile.
+        """
+        self._turn_ends.append(call)
+
     def iterate(self, delay: float = 0.0) -> None:
         """See C{IReactorCore.iterate}."""
         self._once = True
@@ -66,7 +81,8 @@ class RelayReactor(EPollReactor):
         this: Any = self
         selectables = this._selectables
         while True:
-            events = this._poller.poll(-1 if timeout is None else timeout, len(selectables))
+            wait = -1.0 if timeout is None else timeout
+            events = this._poller.poll(0 if self._turn_ends else wait, len(selectables))
             for descriptor, event in events:
                 selectable = selectables.get(descriptor)
                 # With EPOLLHUP too, reading finds the end, or what came before it.
@@ -74,6 +90,8 @@ class RelayReactor(EPollReactor):
                     self._read(selectable)
                 elif selectable is not None:
                     callWithLogger(selectable, this._doReadOrWrite, selectable, descriptor, event)
+            if self._turn_ends:
+                self._end_turn()
             if not events or this.threadCallQueue or this._newTimedCalls or this._justStopped:
                 return
             if self._once or not this.running:
@@ -84,6 +102,14 @@ class RelayReactor(EPollReactor):
                 return
 
     doIteration = doPoll
+
+    def _end_turn(self) -> None:
+        calls, self._turn_ends = self._turn_ends, []
+        for call in calls:
+            try:
+                call()
+            except Exception:
+                _log.failure("exception from {call}", call=call)
 
     def _read(self, socket: Descriptor) -> None:
         """Have C{socket} read; an exception ends its connection, as in any reactor of Twisted's."""
