@@ -275,6 +275,27 @@ static PyObject *pool_take(Pool *pool, PyObject *argument)
     return begin_use(pool) ? NULL : end_use(pool, take_from(pool, count));
 }
 
+/* Where a call puts its results: rooms of a pool one after the other, and views of what they hold. */
+typedef struct {
+    Pool *pool;
+    PyObject *views;
+    char *room;
+    Py_ssize_t length, filled;
+} Output;
+
+/* Have `minimum` bytes free.  Returns where they begin; NULL with an exception. */
+static unsigned char *output_room(Output *output, Py_ssize_t minimum)
+{
+    if (output->length - output->filled < minimum) {
+        if (take_into(output->pool, output->filled, output->views))
+            return NULL;
+        output->length = output->filled = 0;
+        if (!(output->room = room_in(output->pool, minimum, &output->length)))
+            return NULL;
+    }
+    return (unsigned char *)output->room + output->filled;
+}
+
 static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != 4) {
@@ -292,24 +313,21 @@ static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs
     Py_ssize_t again = PyLong_AsSsize_t(args[3]);
     if (PyErr_Occurred() || check_minimum(pool, minimum))
         return NULL;
-    PyObject *views = PyList_New(0);
-    if (!views || begin_use(pool)) {
-        Py_XDECREF(views);
+    Output output = {.pool = pool, .views = PyList_New(0)};
+    if (!output.views || begin_use(pool)) {
+        Py_XDECREF(output.views);
         return NULL;
     }
-    char *room = NULL;
-    Py_ssize_t length = 0, filled = 0, total = 0;
+    Py_ssize_t total = 0;
     int ended = 0;
     while (left > 0) {
-        if (length - filled < minimum) {
-            if (take_into(pool, filled, views))
-                goto fail;
-            filled = 0;
-            if (!(room = room_in(pool, minimum, &length)))
-                goto fail;
-        }
-        Py_ssize_t space = length - filled < left ? length - filled : left;
-        ssize_t count = recv(fd, room + filled, space, MSG_DONTWAIT);
+        unsigned char *room = output_room(&output, minimum);
+        if (!room)
+            goto fail;
+        Py_ssize_t space = output.length - output.filled;
+        if (space > left)
+            space = left;
+        ssize_t count = recv(fd, room, space, MSG_DONTWAIT);
         if (count < 0) {
             if (errno == EINTR) {
                 if (PyErr_CheckSignals())
@@ -324,17 +342,17 @@ static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs
             ended = -1;
             break;
         }
-        filled += count;
+        output.filled += count;
         total += count;
         left -= count;
         if (count < again && count < space)
             break;
     }
-    if (take_into(pool, filled, views))
+    if (take_into(pool, output.filled, output.views))
         goto fail;
-    return end_use(pool, Py_BuildValue("(Nni)", views, total, ended));
+    return end_use(pool, Py_BuildValue("(Nni)", output.views, total, ended));
 fail:
-    Py_DECREF(views);
+    Py_DECREF(output.views);
     return end_use(pool, NULL);
 }
 
@@ -385,7 +403,8 @@ static PyTypeObject PoolType = {
 
 #define NONCE 12
 
-enum { ALERT = 21, HANDSHAKE = 22, APPLICATION_DATA = 23 };
+/* A kind of record, and alerts (B.1, B.2). */
+enum { APPLICATION_DATA = 23 };
 enum { UNEXPECTED_MESSAGE = 10, BAD_RECORD_MAC = 20, RECORD_OVERFLOW = 22 };
 
 /* Shows a cipher whatever memory its owner points it at, so that no record needs objects of its own. */
@@ -541,27 +560,6 @@ static Pool *pool_argument(PyObject *argument)
     }
     PyErr_SetString(PyExc_TypeError, "the first argument has to be a BufferPool of this module");
     return NULL;
-}
-
-/* Where a call puts its results: rooms of a pool one after the other, and views of what they hold. */
-typedef struct {
-    Pool *pool;
-    PyObject *views;
-    char *room;
-    Py_ssize_t length, filled;
-} Output;
-
-/* Have `minimum` bytes free.  Returns where they begin; NULL with an exception. */
-static unsigned char *output_room(Output *output, Py_ssize_t minimum)
-{
-    if (output->length - output->filled < minimum) {
-        if (take_into(output->pool, output->filled, output->views))
-            return NULL;
-        output->length = output->filled = 0;
-        if (!(output->room = room_in(output->pool, minimum, &output->length)))
-            return NULL;
-    }
-    return (unsigned char *)output->room + output->filled;
 }
 
 /* Encrypt `length` plain bytes; the byte behind them is overwritten by their type. */
@@ -781,26 +779,31 @@ static PyMethodDef opener_methods[] = {
     {NULL},
 };
 
-static PyTypeObject SealerType = {
+/* What the other two have in common; nobody makes one of its own. */
+static PyTypeObject RecordsType = {
     PyVarObject_HEAD_INIT(NULL, 0)
-    .tp_name = "relaymux.net._native.Sealer",
+    .tp_name = "relaymux.net._native.Records",
     .tp_basicsize = sizeof(Records),
     .tp_new = records_new,
     .tp_dealloc = (destructor)records_dealloc,
     .tp_flags = Py_TPFLAGS_DEFAULT,
-    .tp_methods = sealer_methods,
     .tp_getset = records_attributes,
+};
+
+static PyTypeObject SealerType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "relaymux.net._native.Sealer",
+    .tp_base = &RecordsType,
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_methods = sealer_methods,
 };
 
 static PyTypeObject OpenerType = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "relaymux.net._native.Opener",
-    .tp_basicsize = sizeof(Records),
-    .tp_new = records_new,
-    .tp_dealloc = (destructor)records_dealloc,
+    .tp_base = &RecordsType,
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_methods = opener_methods,
-    .tp_getset = records_attributes,
 };
 
 /* ---- The module ------------------------------------------------------------------- */
@@ -815,7 +818,7 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void)
 {
     if (PyType_Ready(&LentType) || PyType_Ready(&PoolType) || PyType_Ready(&WindowType) ||
-        PyType_Ready(&SealerType) || PyType_Ready(&OpenerType))
+        PyType_Ready(&RecordsType) || PyType_Ready(&SealerType) || PyType_Ready(&OpenerType))
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module && (PyModule_AddObjectRef(module, "BufferPool", (PyObject *)&PoolType) ||

@@ -26,21 +26,25 @@ class BufferPool:
         self, sock: socket, limit: int, minimum: int, again: int
     ) -> tuple[list[memoryview], int, int]: ...
 
-class Sealer:
-    """What encrypts the TLS 1.3 records of one direction under one key (RFC 8446, 5.2)."""
+class _Records:
+    """The TLS 1.3 records of one direction under one key (RFC 8446, 5.2)."""
 
     def __init__(
-        self, encrypt_into: Callable[[Buffer, Buffer, Buffer, Buffer], int], iv: bytes, records: int = ...
+        self, cipher: Callable[[Buffer, Buffer, Buffer, Buffer], int], iv: bytes, records: int = ...
     ) -> None:
         """
-        @param encrypt_into: of the cipher: from nonce, data and additional data into the last one.
-            It must not keep any of them.
+        @param cipher: from nonce, data and additional data into the last one; to encrypt, or to
+            decrypt.  It must not keep any of them.
         @param iv: of the traffic keys, 12 bytes.
-        @param records: how many were sent under this key before.
+        @param records: how many there were under this key before.
         """
     @property
     def records(self) -> int:
-        """Sent under this key."""
+        """How many there were under this key."""
+
+class Sealer(_Records):
+    """What encrypts them."""
+
     def seal(self, pool: BufferPool, buffers: Sequence[Buffer], kind: int) -> list[memoryview]:
         """
         @param pool: where encrypted bytes go.
@@ -49,16 +53,9 @@ class Sealer:
         @return: whole records.
         """
 
-class Opener:
+class Opener(_Records):
     """What decrypts them; it keeps what has arrived of a record that is not complete."""
 
-    def __init__(
-        self, decrypt_into: Callable[[Buffer, Buffer, Buffer, Buffer], int], iv: bytes, records: int = ...
-    ) -> None:
-        """As of L{Sealer}."""
-    @property
-    def records(self) -> int:
-        """Received under this key."""
     def open(
         self, pool: BufferPool, data: Buffer, wrong_tag: type[Exception]
     ) -> tuple[list[memoryview], int, int, int, bytes | None]:

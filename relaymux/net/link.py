@@ -15,6 +15,7 @@ pauses, or two daemons waiting for one another's credit would wait for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 from typing import Protocol as Contract
 
@@ -113,12 +114,11 @@ class LinkProtocol:
         self._timer: IDelayedCall | None = None
         self._timer_at = NEVER
         self._close_timer: IDelayedCall | None = None
-        # The daemon's own reactor has it; others, and clocks, do not.
-        self._at_turns_end: Callable[[Callable[[], None]], None] | None = getattr(
-            reactor, "callAtTurnsEnd", None
+        # The daemon's own reactor has a short way; others, and clocks, do not.
+        self._at_turns_end: Callable[[Callable[[], None]], object] = getattr(
+            reactor, "callAtTurnsEnd", partial(reactor.callLater, 0)
         )
         self._soon = False
-        self._soon_timer: IDelayedCall | None = None
 
     @property
     def peer_identity(self) -> str:
@@ -158,10 +158,10 @@ class LinkProtocol:
         if not self.connected:
             return  # it never was
         self._closing = self._lost = True
-        for timer in (self._timer, self._close_timer, self._soon_timer):
+        for timer in (self._timer, self._close_timer):
             if timer is not None and timer.active():
                 timer.cancel()
-        self._timer = self._close_timer = self._soon_timer = None
+        self._timer = self._close_timer = None
         self._owner.link_lost(self, reason)
 
     # IBufferReceiver
@@ -224,13 +224,10 @@ class LinkProtocol:
         if self._soon or self._receiving or self._closing:
             return
         self._soon = True
-        if self._at_turns_end is not None:
-            self._at_turns_end(self._turn_over)
-        else:
-            self._soon_timer = self._reactor.callLater(0, self._turn_over)
+        self._at_turns_end(self._turn_over)
 
     def _turn_over(self) -> None:
-        self._soon, self._soon_timer = False, None
+        self._soon = False
         self.flush()
 
     def end(self, event: LinkEnded) -> None:

@@ -16,14 +16,11 @@ from OpenSSL import SSL, crypto
 from twisted.logger import Logger
 
 from relaymux.errors import ConfigurationError
+from relaymux.net.tlskeys import SUITES
 from relaymux.net.tlspeer import PeerCheck, PeerName, validity
 from relaymux.net.tlsrecords import prepare
 
 __all__ = ["Credentials", "TLSIdentity"]
-
-#: AES-128 first: a seventh less CPU time per byte than AES-256, which OpenSSL
-#: would put first, and its strength is not what an attacker would go for.
-CIPHERS = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Credentials:
         context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET | SSL.OP_NO_COMPRESSION)
         # Without a cache the tickets that TLS 1.3 still sends resume nothing.
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-        context.set_tls13_ciphersuites(CIPHERS)
+        context.set_tls13_ciphersuites(":".join(SUITES).encode("ascii"))
         if self.own_records:
             prepare(context)
         try:

@@ -44,7 +44,9 @@ class Suite:
     hash: HashAlgorithm
 
 
-#: By the names that OpenSSL gives them.
+#: By the names that OpenSSL gives them; the best one first.  AES-128: a seventh less CPU time per
+#: byte than AES-256, which OpenSSL would put first, and its strength is not what an attacker would
+#: go for.
 SUITES = {
     "TLS_AES_128_GCM_SHA256": Suite(AESGCM, 16, SHA256()),
     "TLS_AES_256_GCM_SHA384": Suite(AESGCM, 32, SHA384()),

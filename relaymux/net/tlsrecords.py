@@ -132,7 +132,7 @@ class RecordEngine(Engine):
     # Sending
 
     def encrypt(self, buffers: Sequence[Buffer]) -> list[memoryview]:
-        if self._closed or self._broken or self.failed:
+        if self._closed or self.failed:
             raise _error("nothing can be sent behind the end")
         if self._update_due or self._sealer.records >= KEY_RECORDS:
             self._update_due = False
@@ -207,9 +207,9 @@ class RecordEngine(Engine):
             if self.error is not None:
                 self._fed.clear()
                 return
-            data = data[used:]
-            if not data:
+            if used == len(data):
                 return
+            data = data[used:]
 
     def read_into(self, room: memoryview) -> int:
         if not self._plain:

@@ -60,7 +60,7 @@ class TLS:
         records = settings.options.get("tls-records", "relaymux")
         if records not in ("relaymux", "openssl"):
             raise ConfigurationError(
-                "there is nobody of this name",
+                "nobody of this name protects records",
                 key="tls-records",
                 found=records,
                 expected="relaymux or openssl",
