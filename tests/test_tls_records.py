@@ -481,9 +481,11 @@ class WrongTests(SynchronousTestCase):
     def test_from_the_pool_that_records_go_to(self) -> None:
         """Records may be put right behind what they are made of."""
         cipher = AESGCM(KEY)
+        # One record: the byte behind it is the first of what is made of it.
         room = self.pool.room(3 * RECORD)
-        room[: 2 * RECORD] = plain = random.randbytes(2 * RECORD)
-        records = native.Sealer(cipher.encrypt_into, IV).seal(self.pool, [self.pool.take(2 * RECORD)], DATA)
+        room[:RECORD] = plain = random.randbytes(RECORD)
+        room[RECORD] = 0
+        records = native.Sealer(cipher.encrypt_into, IV).seal(self.pool, [self.pool.take(RECORD)], DATA)
         views = native.Opener(cipher.decrypt_into, IV).open(self.pool, b"".join(records), InvalidTag)[0]
         self.assertEqual(b"".join(views), plain)
 
