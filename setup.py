@@ -66,7 +66,10 @@ COMPILED = (
     "relaymux.net.turns",
 )
 
+#: The extension that is written in C, and what of.
 NATIVE = "relaymux.net._native"
+NATIVE_SOURCES = ("_native.c", "_records.c")
+NATIVE_HEADER = "relaymux/net/_native.h"
 
 #: Has mypyc in it.  pyproject.toml does not ask for it, since RELAYMUX_COMPILE=0 has to do without.
 MYPY = "mypy>=2.4"
@@ -153,7 +156,12 @@ def _extensions() -> list[Extension]:
     for extension in modules:
         # A warning about generated code, from a compiler that mypyc does not know yet, is no reason to fail.
         extension.extra_compile_args = [flag for flag in extension.extra_compile_args if flag != "-Werror"]
-    native = Extension(NATIVE, [NATIVE.replace(".", "/") + ".c"], extra_compile_args=["-O2", *_WARNINGS])
+    native = Extension(
+        NATIVE,
+        [f"relaymux/net/{name}" for name in NATIVE_SOURCES],
+        depends=[NATIVE_HEADER],
+        extra_compile_args=["-O2", "-fvisibility=hidden", *_WARNINGS],
+    )
     # The quicker one to fail first.
     return [native, *modules]
 

@@ -163,6 +163,8 @@ class DistributionTests(SynchronousTestCase):
             "etc/relay.ini",
             "etc/relaymux.service",
             "relaymux/net/_native.c",
+            "relaymux/net/_native.h",
+            "relaymux/net/_records.c",
             "scripts/bootstrap",
             "tests/test_packaging.py",
             "twisted/plugins/relaymux_plugin.py",
