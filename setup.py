@@ -46,6 +46,7 @@ COMPILED = (
     "relaymux.net.ending",
     "relaymux.net.endings",
     "relaymux.net.families",
+    "relaymux.net.fastpath",
     "relaymux.net.inbox",
     "relaymux.net.keeper",
     "relaymux.net.link",
@@ -68,7 +69,7 @@ COMPILED = (
 
 #: The extension that is written in C, and what of.
 NATIVE = "relaymux.net._native"
-NATIVE_SOURCES = ("_native.c", "_records.c")
+NATIVE_SOURCES = ("_native.c", "_fastpath.c", "_records.c")
 NATIVE_HEADER = "relaymux/net/_native.h"
 
 #: Has mypyc in it.  pyproject.toml does not ask for it, since RELAYMUX_COMPILE=0 has to do without.

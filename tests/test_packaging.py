@@ -141,7 +141,7 @@ class DistributionTests(SynchronousTestCase):
         names = wheel_names()
         for path in (PROJECT / "relaymux").rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and path.name != "dropin.cache":
-                check = self.assertNotIn if path.suffix == ".c" else self.assertIn
+                check = self.assertNotIn if path.suffix in (".c", ".h") else self.assertIn
                 check(str(path.relative_to(PROJECT)), names)
 
     def test_nothing_else(self) -> None:

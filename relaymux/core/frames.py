@@ -137,6 +137,22 @@ class FrameDecoder:
         """Bytes without which the frame that is arriving cannot be given out."""
         return self._missing
 
+    def suspend(self) -> list[Buffer]:
+        """
+        Forget the frame that is arriving.
+
+        @return: what has arrived of it, which is to be fed again: to this decoder, or to
+            whoever goes on in its place.
+        """
+        if not self._in_payload:
+            header, self._header = self._header, b""
+            return [header] if header else []
+        self._seal_small()
+        pieces, self._pieces = self._pieces, []
+        self._in_payload = False
+        self._missing = 0
+        return [HEADER.pack(self._kind, 0, 0, self._stream_id, self._length), *pieces]
+
     def feed(self, data: memoryview) -> Iterable[Frame]:
         """
         Yield the frames that C{data} completes, oldest first.

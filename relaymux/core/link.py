@@ -212,6 +212,50 @@ class Link:
             self._ack_at = now + ACK_SECONDS
 
     @property
+    def at_rest(self) -> bool:
+        """Whether it is open and nothing waits to be said: then the fast path may go on in its place."""
+        session = self.session
+        return session is not None and self.state is LinkState.OPEN and not self.has_something
+
+    def suspend(self) -> list[Buffer]:
+        """@return: what has arrived of a frame, to be received again; see L{FrameDecoder.suspend}."""
+        return self._decoder.suspend()
+
+    def carried(
+        self,
+        sent: list[tuple[int, list[Buffer]]],
+        end: int,
+        acknowledged: int,
+        rx_next: int,
+        told: int,
+        now: float,
+    ) -> list[Event]:
+        """
+        Note what the fast path has done; parameters as of L{Outbox.carried}.
+
+        @return: L{LinkEnded} if the peer broke the protocol.
+        """
+        session = self.session
+        assert session is not None
+        if rx_next != session.rx_next or acknowledged != session.replay.acknowledged:
+            self._heard_at = now
+        if told != session.rx_acknowledged:
+            self._ack_at = None
+        try:
+            session.carried(sent, end, acknowledged, rx_next, told)
+        except RemoteProtocolError as error:
+            return [self._fault(error)]
+        self._flight.arrived(acknowledged)
+        if self._ack_at is None and rx_next > told:
+            self._ack_at = now + ACK_SECONDS
+        return []
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that a DATA frame of the peer may have."""
+        return self._max_payload
+
+    @property
     def has_something(self) -> bool:
         """Whether C{data_to_send} is worth a call: there may be something to send."""
         if self._out or self._ack_now or self._ping_now or self._pong is not None:

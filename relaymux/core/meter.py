@@ -52,10 +52,10 @@ class Meter:
             return Fit.RIGHT
         passed, elapsed = offset - self._offset, now - self._since
         part, period = MEASURED * size, MEASURED * GROW_WITHIN * round_trip
-        if elapsed < period:
-            if passed < part:
-                return Fit.RIGHT
-            fit = Fit.SMALL
+        if elapsed < period and passed < part:
+            return Fit.RIGHT
+        if passed * period >= part * elapsed:
+            fit = Fit.SMALL  # also where nobody has looked for longer than that
         else:
             fit = Fit.LARGE if part * elapsed > TOO_LARGE * passed * period else Fit.RIGHT
         self._offset, self._since = offset, now

@@ -43,6 +43,7 @@ class Outbox:
 
     @ivar rx_next: bytes of the peer's sequenced frames accepted so far.
     @ivar rx_acknowledged: how many of them the peer was told of.
+    @ivar ack_bytes: how many new ones are worth an ack of its own.
     @ivar streams: the streams that are not forgotten yet, by id.
     @ivar growth: what windows and the replay buffer may grow by; L{None} if they stay as they began.
     """
@@ -59,7 +60,7 @@ class Outbox:
         self._credit_due: dict[int, None] = {}
         self._turns = TurnQueue()
         self._drained: list[int] = []
-        self._ack_bytes = min(ACK_BYTES, remote.replay // ACK_SHARE)
+        self.ack_bytes = min(ACK_BYTES, remote.replay // ACK_SHARE)
         self._again: deque[Sequence[Buffer]] = deque()  # of the replay buffer, hence bounded by it
         self.replay = ReplayBuffer(local.replay)
         self.rx_next = 0
@@ -67,6 +68,11 @@ class Outbox:
         self.streams: dict[int, Stream] = {}
 
     # What waits.
+
+    @property
+    def longest_payload(self) -> int:
+        """Bytes that a DATA frame may have, as the peer wants it."""
+        return self._remote.max_payload
 
     @property
     def has_control(self) -> bool:
@@ -81,12 +87,12 @@ class Outbox:
     @property
     def ack_due(self) -> bool:
         """Whether an ack should leave at once."""
-        return self.rx_next - self.rx_acknowledged >= self._ack_bytes
+        return self.rx_next - self.rx_acknowledged >= self.ack_bytes
 
     @property
     def ack_worthwhile(self) -> bool:
         """Whether an ack should ride along with frames that leave anyway, which wakes nobody."""
-        return self.rx_next - self.rx_acknowledged >= self._ack_bytes // ACK_RIDE_SHARE
+        return self.rx_next - self.rx_acknowledged >= self.ack_bytes // ACK_RIDE_SHARE
 
     def take_drained(self) -> list[int]:
         """@return: streams whose queue, or FIN, has left since the last call: their producers may go on."""
@@ -166,6 +172,23 @@ class Outbox:
             # Little more than the limit, as all of it is in front of the next urgent frame.
             size += self._send_turn(out, min(room, max(SHARED_FRAME, min(limit - size, ahead))))
         return out
+
+    def carried(
+        self, sent: list[tuple[int, list[Buffer]]], end: int, acknowledged: int, rx_next: int, told: int
+    ) -> None:
+        """
+        Note what the fast path has done for this session.
+
+        @param sent: frames that it sent and that were not acknowledged, oldest first, each with the
+            offset at which it ends.
+        @param end: the offset at which the last frame ends that it sent.
+        @param acknowledged: what the peer said that it has.
+        @param rx_next: bytes of the peer's sequenced frames accepted so far.
+        @param told: how many of them the peer was told of.
+        @raise RemoteProtocolError: the peer cannot have what it said.
+        """
+        self.rx_next, self.rx_acknowledged = rx_next, told
+        self.replay.carried(sent, end, acknowledged)
 
     def _send_again(self, limit: int) -> list[Buffer]:
         """Repeat what the peer does not have: in order, and before anything new."""

@@ -93,6 +93,21 @@ class ReplayBuffer:
             raise RemoteProtocolError(ErrorCode.ACK_ERROR, f"acknowledged {offset}, which is inside a frame")
         return True
 
+    def carried(self, sent: Sequence[tuple[int, Sequence[Buffer]]], end: int, acknowledged: int) -> None:
+        """
+        Keep frames that others have sent, behind those that are here; see L{Outbox.carried}.
+
+        @raise RemoteProtocolError: C{acknowledged} is inside a frame.
+        """
+        if acknowledged > self.end:
+            # So all that is here is, and those of the others that are not among C{sent}.
+            self._frames.clear()
+            self.acknowledged = acknowledged
+        else:
+            self.acknowledge(acknowledged)
+        self._frames.extend(sent)
+        self.end = end
+
     def can_continue_at(self, offset: int) -> bool:
         """Whether C{offset} is one at which sending can go on: on a frame boundary, still held here."""
         return offset == self.acknowledged or any(end == offset for end, _ in self._frames)

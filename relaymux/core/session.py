@@ -64,6 +64,42 @@ class Session(Speaker):
         """The peer has everything below C{offset}.  @raise RemoteProtocolError: it cannot have."""
         self.replay.acknowledge(offset)
 
+    def carried_stream(
+        self,
+        stream_id: int,
+        sent: int,
+        limit: int,
+        delivered: int,
+        received: int,
+        consumed: int,
+        granted: int,
+        now: float,
+    ) -> None:
+        """
+        Note what the fast path has done for a stream.
+
+        @param sent: bytes that it took from the producer and sent.
+        @param limit: the peer's credit for these.
+        @param delivered: bytes in all that the peer said its consumer took.
+        @param received: bytes that arrived.
+        @param consumed: as many of them as the consumer took.
+        @param granted: the credit that the peer was given for more of them.
+        @param now: seconds.
+        """
+        stream = self.streams[stream_id]
+        send, window = stream.send, stream.receive.window
+        send.accepted += sent
+        send.delivered = delivered
+        send.window.sent += sent
+        send.window.limit = limit
+        window.received += received
+        renewed = granted != window.granted
+        window.granted = granted
+        if consumed and (stream.receive.consume(consumed) or self._goaway_received):
+            self._credit_due[stream_id] = None
+        if renewed and self.growth is not None:
+            self.growth.fit_window(window, now)
+
     def receive_frame(self, frame: Frame) -> list[Event]:
         """
         Accept one sequenced frame.

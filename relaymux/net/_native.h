@@ -59,5 +59,6 @@ unsigned char *output_room(Output *output, Py_ssize_t minimum);
 
 /* Each part adds its own to the module; -1 with an exception. */
 int add_records(PyObject *module);
+int add_fastpath(PyObject *module);
 
 #endif

@@ -69,3 +69,88 @@ class Opener(_Records):
             a record is not as it should be, or 0; and kind and content of a record that is not
             application data, or 0 and L{None}.
         """
+
+class Lease:
+    """
+    A link and its streams, for the time in which C carries their bytes; see L{relaymux.net.fastpath}.
+
+    While there is one its sockets, and all that it was told of, are not touched by anybody else.
+    """
+
+    def __init__(
+        self,
+        pool: BufferPool,
+        link: int,
+        epoll: int,
+        sent: tuple[int, int, int, int],
+        received: tuple[int, int, int, int],
+        turn: int,
+        streams: int,
+    ) -> None:
+        """
+        @param link: the descriptor of the link's socket.
+        @param epoll: what waits for it, and for the streams' sockets.
+        @param sent: sequenced bytes sent; how many were acknowledged; room in the replay buffer, and
+            what a frame takes of that beside its bytes.
+        @param received: sequenced bytes received; of how many the peer knows; how many new ones are
+            worth an ACK; the longest DATA payload.
+        @param turn: bytes to read of a socket at once, and to send in a frame, at most.
+        @param streams: how many will be added at most.
+        """
+    def add(
+        self,
+        stream_id: int,
+        sock: int,
+        reads: bool,
+        writes: bool,
+        sent: tuple[int, int, int],
+        received: tuple[int, int, int, int],
+    ) -> bool:
+        """
+        @param reads: whether the socket is read for the stream.
+        @param writes: whether it is written.
+        @param sent: bytes sent; the credit for them; how many were delivered.
+        @param received: bytes received; how many were consumed; the credit for them; the window.
+        @return: whether there was room for one more.
+        """
+    def feed(self, buffers: Sequence[Buffer]) -> bool:
+        """
+        Go on with what was received before.
+
+        @return: whether it was understood; else there is nothing to wait for.
+        """
+    def settle(
+        self,
+    ) -> tuple[
+        int,
+        int,
+        int,
+        int,
+        list[tuple[int, list[Buffer]]],
+        list[Buffer],
+        list[memoryview],
+        int,
+        list[tuple[int, int, int, int, int, int, int, list[Buffer], int, int]],
+        int,
+        int,
+    ]:
+        """
+        Take everything back.
+
+        @return: sequenced bytes sent; how many were acknowledged; sequenced bytes received; of how
+            many the peer knows; the frames that were not acknowledged, with their ends; what the
+            link has not taken; what was received and not understood; how the link's input ended;
+            the streams; why the link takes no more; payload bytes carried.  A stream is its id;
+            bytes sent; the credit for all; how many of all were delivered; bytes received, and
+            consumed; the credit for all; what its socket has not taken; how its
+            input ended; why it takes no more.
+        """
+
+def wait(epoll: int, timeout: float, longest: float, leases: list[Lease]) -> list[tuple[int, int]]:
+    """
+    Carry bytes until something happens that is not for one of C{leases}.
+
+    @param timeout: seconds at most, or negative.
+    @param longest: the same, not negative.
+    @return: what happened: descriptors and events, as of C{epoll.poll}.
+    """

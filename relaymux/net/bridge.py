@@ -221,6 +221,7 @@ class Bridge:
         end = StreamEnd(self, stream)
         socket = self.local.transport
         stream.begin(end, manual_credit=True)
+        stream.carrier = self
         stream.registerProducer(cast(IPushProducer, self.local), True)
         socket.registerProducer(cast(IPushProducer, end), True)
         if local_speaks:
@@ -244,6 +245,20 @@ class Bridge:
         if not self._given_up:
             self._given_up = True
             apart.add(lambda: stream.abort(ErrorCode.ABORTED, reason))
+
+    # For the fast path.
+
+    def lend(self) -> SocketTransport | None:
+        """See L{Carrier.lend}."""
+        return (
+            self.local.transport if self.watcher is None and self._local_open and not self._given_up else None
+        )
+
+    def carried(self, sent: int, received: int) -> None:
+        """See L{Carrier.carried}."""
+        self.sent += sent
+        self.received += received
+        self.local.transport.passed(sent + received)
 
     # From the local end.
 

@@ -35,6 +35,7 @@ from relaymux.core.link import Link
 from relaymux.core.resume import Resume, Ticket
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, LocalError, SessionLost, TransportError, describe_code
+from relaymux.net.fastpath import FastPath
 from relaymux.net.held import HeldSession
 from relaymux.net.link import LinkListener, LinkProtocol
 from relaymux.net.opening import WaitingRoom
@@ -110,6 +111,7 @@ class SessionKeeper:
         self._identity = identity
         self._limits = limits
         self._dialing = dialing
+        self._fast_path: FastPath | None = getattr(reactor, "fast_path", None)
         self._number = 0
         self._link: LinkProtocol | None = None
         self._held: HeldSession | None = None
@@ -207,6 +209,8 @@ class SessionKeeper:
     def link_lost(self, link: LinkProtocol, reason: Failure) -> None:
         """See L{LinkOwner.link_lost}."""
         self._handshaking.discard(link)
+        if self._fast_path is not None:
+            self._fast_path.remove(link)
         if link.link.ended:
             return  # that was told already
         link.link.detach()
@@ -354,6 +358,8 @@ class SessionKeeper:
         held.connection = link.number
         self._link = link
         link.link.attach(held.streams.session, held.remote.limits, self._reactor.seconds())
+        if self._fast_path is not None:
+            self._fast_path.add(link, held.streams)
         if self.listener is not None:
             self.listener.link_up(link)
         self._waiting.open_all(held.streams)

@@ -36,6 +36,7 @@ from relaymux.interfaces import (
     IExportingTransport,
     IIdentifiedTransport,
 )
+from relaymux.net.sockets import SocketTransport
 from relaymux.net.turns import turns_for
 
 __all__ = ["LinkListener", "LinkOwner", "LinkProtocol"]
@@ -110,6 +111,7 @@ class LinkProtocol:
         self._lost = False
         self._told = False
         self._buffer_transport: IBufferTransport | None = None
+        self._socket: SocketTransport | None = None
         self._expecting_transport: IExpectingTransport | None = None
         self._timer: IDelayedCall | None = None
         self._timer_at = NEVER
@@ -145,6 +147,8 @@ class LinkProtocol:
         self.link = self._make_link(self)
         if IBufferTransport.providedBy(self.transport):
             self._buffer_transport = self.transport
+        if isinstance(self.transport, SocketTransport):
+            self._socket = self.transport
         if IExpectingTransport.providedBy(self.transport):
             self._expecting_transport = self.transport
         self.transport.registerProducer(self, True)
@@ -229,6 +233,20 @@ class LinkProtocol:
     def _turn_over(self) -> None:
         self._soon = False
         self.flush()
+
+    def lend(self) -> SocketTransport | None:
+        """@return: its socket, if the fast path may read and write it now."""
+        socket = self._socket
+        if socket is None or self._receiving or self._flushing or self._paused or self._closing or self._soon:
+            return None
+        return socket if socket.is_read and socket.takes_more and self.link.at_rest else None
+
+    def carried(self, events: Sequence[Event]) -> None:
+        """The fast path has done what we would have; C{events} came of it."""
+        for event in events:
+            self._happened(event)
+        self.flush()
+        self._schedule()
 
     def end(self, event: LinkEnded) -> None:
         """Tell the owner, send the reason why, and close the connection: within L{CLOSE_SECONDS}."""

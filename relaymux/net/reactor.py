@@ -20,6 +20,7 @@ from twisted.logger import Logger
 from twisted.python.log import callWithLogger
 
 from relaymux.net.descriptor import Descriptor
+from relaymux.net.fastpath import FastPath
 
 __all__ = ["RelayReactor", "install"]
 
@@ -54,6 +55,8 @@ class RelayReactor(EPollReactor):
         # Of links that have something to say; each is here at most once.
         self._turn_ends: list[Callable[[], None]] = []
         super().__init__()
+        #: Asked before each wait; what it carries, nobody here sees.
+        self.fast_path = FastPath(self)
 
     def callAtTurnsEnd(self, call: Callable[[], None]) -> None:
         """
@@ -82,7 +85,11 @@ class RelayReactor(EPollReactor):
         selectables = this._selectables
         while True:
             wait = -1.0 if timeout is None else timeout
-            events = this._poller.poll(0 if self._turn_ends else wait, len(selectables))
+            events = None
+            if self.fast_path.turns.bulk and not self._turn_ends:
+                events = self.fast_path.wait(this._poller.fileno(), wait)
+            if events is None:
+                events = this._poller.poll(0 if self._turn_ends else wait, len(selectables))
             for descriptor, event in events:
                 selectable = selectables.get(descriptor)
                 # With EPOLLHUP too, reading finds the end, or what came before it.

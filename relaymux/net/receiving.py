@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from socket import socket
 from typing import Any, Final
 
@@ -122,16 +123,43 @@ class ReceivingSocket(SendingSocket):
         buffers, count, ended = self._pool.gather(self.socket, self._turns.limit(now), READ_ROOM, READ_AGAIN)
         self._brings_bulk = count > LITTLE
         if self._brings_bulk:
+            self._turns.bulk = True
             self._turns.forget(self.socket.fileno())
         elif buffers:
             self._turns.expect(self.socket.fileno(), self, now)
         if buffers:
             receiver.buffersReceived(buffers)
         if ended and self._input_open:
-            if ended == END_OF_INPUT:
-                self._input_ended()
-            else:
-                self._receiving_failed(OSError(ended, os.strerror(ended)))
+            self._reading_ended(ended)
+
+    def _reading_ended(self, how: int) -> None:
+        if how == END_OF_INPUT:
+            self._input_ended()
+        else:
+            self._receiving_failed(OSError(how, os.strerror(how)))
+
+    def take_back(self, buffers: Sequence[memoryview], ended: int) -> None:
+        """
+        Go on in place of one who has read our socket.  An exception of the protocol ends the connection.
+
+        @param buffers: what was received and not passed on.
+        @param ended: why there will be no more: L{END_OF_INPUT}, or an error; 0 if there may be.
+        """
+        receiver = self._receiver
+        if buffers and receiver is not None and self.connected and not self.disconnecting:
+            self._tell(partial(receiver.buffersReceived, buffers))
+        if ended and self._input_open:
+            self._tell(partial(self._reading_ended, ended))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether what arrives is delivered now."""
+        return self._input_open and not self._paused and self.connected and not self.disconnecting
+
+    @property
+    def carries_bulk(self) -> bool:
+        """See L{Talker.carries_bulk}."""
+        return self._talker.carries_bulk(self._clock.seconds())
 
     def _read_bytes(self) -> None:
         """Read for a protocol that takes C{bytes}, or for nobody."""

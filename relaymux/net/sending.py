@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -129,6 +130,28 @@ class SendingSocket(Consumer):
         if left:
             queue[0] = memoryview(queue[0])[left:]
         return sent
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether what is written now is in front of nothing that the kernel did not take."""
+        return self._output_open and not self._output_ending and not self._queue and not self.disconnecting
+
+    def take_over(self, buffers: Sequence[Buffer], error: int) -> None:
+        """
+        Go on in place of one who wrote to our socket.
+
+        @param buffers: what the kernel did not take; only if we L{takes_more}.
+        @param error: why it never will; 0 if it may.
+        """
+        if not self._output_open:
+            return  # closed meanwhile, due to what others had to tell
+        self._queue.extend(buffers)
+        self.queuedBytes += sum(map(len, buffers))
+        if error:
+            self._sending_failed(OSError(error, os.strerror(error)))
+        elif buffers:
+            self.startWriting()
+            self._hold_producer()
 
     def registerProducer(self, producer: Any, streaming: object) -> None:
         super().registerProducer(producer, streaming)

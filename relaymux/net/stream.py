@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+from typing import Protocol as Contract
 
 from twisted.internet.error import ConnectionAborted
 from twisted.internet.interfaces import (
@@ -34,12 +35,23 @@ from relaymux.net.inbox import Inbox
 from relaymux.net.producing import ProducerSlot
 
 if TYPE_CHECKING:
+    from relaymux.net.sockets import SocketTransport
     from relaymux.net.streams import SessionStreams
 
 __all__ = ["StreamAddress", "StreamTransport"]
 
 
 _log: Final = Logger("relaymux.link")
+
+
+class Carrier(Contract):
+    """Couples a stream to a socket; see L{relaymux.net.fastpath}."""
+
+    def lend(self) -> SocketTransport | None:
+        """@return: the socket, if nobody has to see the bytes."""
+
+    def carried(self, sent: int, received: int) -> None:
+        """C{sent} bytes were read of the socket, and C{received} written to it."""
 
 
 @implementer(IAddress)
@@ -69,6 +81,8 @@ class StreamTransport:
     @ivar undelivered: when it is over, bytes written to it that the peer's consumer is
         not known to have taken.
     @ivar untaken: when it is over, bytes that arrived and were not consumed here.
+    @ivar carrier: who passes its bytes on to a socket and from there as they are; L{None} if
+        somebody wants to see them.
     """
 
     def __init__(self, streams: SessionStreams, stream_id: int, service: str, *, outgoing: bool) -> None:
@@ -79,6 +93,7 @@ class StreamTransport:
         self.disconnecting = False
         self.undelivered = 0
         self.untaken = 0
+        self.carrier: Carrier | None = None
         self._streams = streams
         self._session = streams.session
         self._protocol: IProtocol | None = None
@@ -288,6 +303,19 @@ class StreamTransport:
             self._streams.handle(events)
         if self._session.has_control:
             self._streams.flush()
+
+    @property
+    def takes_directly(self) -> bool:
+        """Whether what is written now leaves with the next frame, as far as the link takes it."""
+        return self.writable and not self.disconnecting and not self.queuedBytes
+
+    @property
+    def gives_directly(self) -> bool:
+        """Whether what arrives now is in front of nothing that its protocol did not take."""
+        if self._paused or self._inbox or self._delivering or self._finish_pending or self.disconnecting:
+            return False
+        stream = self._session.streams.get(self.stream_id)
+        return self.connected and stream is not None and stream.receive.state is ReceiveState.OPEN
 
     # What the session's table tells us.
 

@@ -28,6 +28,7 @@ from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, RelaymuxError, SessionLost
 from relaymux.errors import StreamReset as StreamResetError
 from relaymux.net.quietlog import QuietLog
+from relaymux.net.sockets import SocketTransport
 from relaymux.net.stream import StreamTransport
 
 __all__ = ["OpenRequest", "Service", "SessionStreams"]
@@ -145,6 +146,15 @@ class SessionStreams:
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    def carried(self) -> list[tuple[StreamTransport, SocketTransport]]:
+        """@return: the streams whose bytes nobody has to see, with the sockets of theirs that carry bulk."""
+        found = []
+        for stream in self._streams.values():
+            socket = stream.carrier.lend() if stream.carrier is not None else None
+            if socket is not None and socket.carries_bulk:
+                found.append((stream, socket))
+        return found
 
     def open(self, request: OpenRequest) -> None:
         """Open a stream for C{request}, or fail it."""

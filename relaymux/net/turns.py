@@ -63,9 +63,13 @@ class ReadTurns:
     The turns of all who read in one reactor.
 
     Time is an argument: seconds of a clock that does not go backwards.
+
+    @ivar bulk: set by who has read more than L{LITTLE} at once; taken back by who wants to
+        know whether it happens again.
     """
 
     def __init__(self) -> None:
+        self.bulk = False
         self._short_until = float("-inf")
         self._poll = select.poll()
         # By descriptor, the one that was read longest ago first; at most MOST_EXPECTED.
@@ -121,6 +125,10 @@ class Talker:
     def __init__(self, turns: ReadTurns) -> None:
         self._turns = turns
         self._bulk_until = float("-inf")
+
+    def carries_bulk(self, now: float) -> bool:
+        """Whether it counts as bulk, whatever it says."""
+        return now < self._bulk_until
 
     def passed(self, count: int, now: float) -> None:
         """C{count} bytes were passed on at once, in either direction."""

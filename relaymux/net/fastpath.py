@@ -1,0 +1,186 @@
+"""
+The fast path: bulk that moves without Python (F{_fastpath.c}).
+
+While nothing but bulk moves between a link and local sockets, the reactor leaves them to C for
+a moment: a L{Lease} of the link and of those of its streams that may be.  Before Python sees
+the next event the lease is settled, so that nobody can tell that it was not Python who did it.
+
+What may be left to it is what needs no decision: a link of a plain socket on which nothing
+waits to be said, streams whose bytes nobody has to see, sockets that carry bulk and are not
+held up.  With somebody who talks (L{relaymux.net.turns}) there is no lease.  Without what is
+compiled, or in another reactor, all this is never used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from relaymux.core.replay import FRAME_COST
+from relaymux.net.buffers import pool_for
+from relaymux.net.compiled import native
+from relaymux.net.link import LinkProtocol
+from relaymux.net.sockets import SocketTransport
+from relaymux.net.stream import StreamTransport
+from relaymux.net.streams import SessionStreams
+from relaymux.net.turns import LONG_TURN, turns_for
+
+__all__ = ["FastPath"]
+
+#: Seconds for which a lease lasts at most.  What is decided between two of them (the sizes of
+#: windows, who may be read) can wait so long, and a lease and its end cost some 20 microseconds.
+LEASE_SECONDS: Final = 0.01
+
+#: Bytes that a lease has to carry to have been worth it.
+WORTHWHILE: Final = 2 * LONG_TURN
+
+#: Times that bulk was seen and no lease made, at most, after one that was not worth it.
+LONGEST_PAUSE: Final = 64
+
+
+class _Way:
+    """A lease, and whose it is."""
+
+    def __init__(
+        self,
+        lease: Any,
+        link: LinkProtocol,
+        socket: SocketTransport,
+        streams: dict[int, tuple[StreamTransport, SocketTransport]],
+    ) -> None:
+        self.lease = lease
+        self.link = link
+        self.socket = socket
+        self.streams = streams
+
+
+class FastPath:
+    """
+    What one reactor may leave to it.
+
+    @ivar turns: who tells whether bulk moves, and whether somebody talks.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self.turns = turns_for(reactor)
+        self._reactor = reactor
+        # Links that are up or were just now; those of closed connections are removed.
+        self._links: dict[LinkProtocol, SessionStreams] = {}
+        self._skip = 0
+        self._pause = 0
+
+    def add(self, link: LinkProtocol, streams: SessionStreams) -> None:
+        """C{link} carries a session, with C{streams}."""
+        if native is not None:
+            self._links[link] = streams
+
+    def remove(self, link: LinkProtocol) -> None:
+        """C{link}'s connection is gone."""
+        self._links.pop(link, None)
+
+    def wait(self, epoll: int, timeout: float) -> list[tuple[int, int]] | None:
+        """
+        Have bulk carried until something else happens, for at most L{LEASE_SECONDS}.
+
+        @param epoll: the descriptor of what the reactor waits for.
+        @param timeout: seconds at most, or negative.
+        @return: what C{epoll.poll} would; L{None} if there is nothing to carry.
+        """
+        self.turns.bulk = False
+        now = self._reactor.seconds()
+        if self._skip or self.turns.somebody_talks(now):
+            self._skip = max(0, self._skip - 1)
+            return None
+        ways = [way for way in (self._lease(link, epoll) for link in self._links) if way is not None]
+        if not ways:
+            return None
+        assert native is not None
+        carried = 0
+        try:
+            happened: list[tuple[int, int]] = native.wait(
+                epoll, timeout, LEASE_SECONDS, [way.lease for way in ways]
+            )
+            return happened
+        finally:
+            now = self._reactor.seconds()
+            for way in ways:
+                carried += self._settle(way, now)
+            self.turns.bulk = carried > 0
+            self._pause = 0 if carried >= WORTHWHILE else min(LONGEST_PAUSE, 2 * self._pause + 1)
+            self._skip = self._pause
+
+    def _lease(self, link: LinkProtocol, epoll: int) -> _Way | None:
+        """@return: a lease of C{link}, if there is something to carry."""
+        socket, streams = link.lend(), self._links[link]
+        session = link.link.session
+        if socket is None or session is None or session is not streams.session:
+            return None
+        found = streams.carried()
+        if not found:
+            return None
+        replay = session.replay
+        assert native is not None
+        lease = native.Lease(
+            pool_for(self._reactor),
+            socket.fileno(),
+            epoll,
+            (replay.end, replay.acknowledged, replay.room, FRAME_COST),
+            (session.rx_next, session.rx_acknowledged, session.ack_bytes, link.link.max_payload),
+            min(LONG_TURN, session.longest_payload),
+            len(found),
+        )
+        members = {}
+        for transport, local in found:
+            stream = session.streams.get(transport.stream_id)
+            if stream is None:
+                continue
+            reads, writes = (
+                transport.takes_directly and local.is_read,
+                transport.gives_directly and local.takes_more,
+            )
+            if not (reads or writes):
+                continue
+            send, window = stream.send, stream.receive.window
+            if not lease.add(
+                transport.stream_id,
+                local.fileno(),
+                reads,
+                writes,
+                (send.window.sent, send.window.limit, send.delivered),
+                (window.received, window.consumed, window.granted, window.size),
+            ):
+                break
+            members[transport.stream_id] = (transport, local)
+        if not members:
+            return None
+        way = _Way(lease, link, socket, members)
+        if not lease.feed(link.link.suspend()):
+            self._settle(way, self._reactor.seconds())
+            return None
+        return way
+
+    def _settle(self, way: _Way, now: float) -> int:
+        """
+        Let everybody know what was carried.
+
+        @return: bytes that were.
+        """
+        end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried = (
+            way.lease.settle()
+        )
+        link = way.link
+        session = link.link.session
+        assert session is not None
+        for stream_id, out, limit, delivered, received, consumed, granted, _, _, _ in streams:
+            session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, now)
+        events = link.link.carried(sent, end, acknowledged, rx_next, told, now)
+        # Before anybody can have something to say: what is left of a frame comes first.
+        way.socket.take_over(unsent, write_end)
+        for stream_id, out, _, _, _, consumed, _, untaken, read, write in streams:
+            stream, local = way.streams[stream_id]
+            assert stream.carrier is not None
+            stream.carrier.carried(out, consumed)
+            local.take_over(untaken, write)
+            local.take_back((), read)
+        link.carried(events)
+        way.socket.take_back(left, read_end)
+        return int(carried)
