@@ -727,6 +727,36 @@ static PyObject *lease_add(Lease *lease, PyObject *args)
     Py_RETURN_TRUE;
 }
 
+static PyObject *lease_owe(Lease *lease, PyObject *buffers)
+{
+    PyObject *list = PySequence_Fast(buffers, "owe() takes a sequence");
+    if (!list)
+        return NULL;
+    int failed = lease->blocked || PySequence_Fast_GET_SIZE(list) > MOST_PIECES - 1, error = 0;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list) && !failed && !error; i++) {
+        PyObject *view = PyMemoryView_FromObject(PySequence_Fast_GET_ITEM(list, i));
+        if (!view) {
+            error = 1;
+            break;
+        }
+        Py_buffer *whole = PyMemoryView_GET_BUFFER(view);
+        failed = append(&lease->unsent, view, whole->buf, whole->len);
+        Py_DECREF(view);
+    }
+    Py_DECREF(list);
+    if (error)
+        return NULL;
+    if (failed) {
+        drop(&lease->unsent);
+        Py_RETURN_FALSE;
+    }
+    if (lease->unsent.count) {
+        lease->blocked = 1;
+        watch(lease, lease->fd, EPOLLIN | EPOLLOUT);
+    }
+    Py_RETURN_TRUE;
+}
+
 static PyObject *lease_feed(Lease *lease, PyObject *buffers)
 {
     PyObject *list = PySequence_Fast(buffers, "feed() takes a sequence");
@@ -823,6 +853,7 @@ fail:
 
 static PyMethodDef lease_methods[] = {
     {"add", (PyCFunction)lease_add, METH_VARARGS, NULL},
+    {"owe", (PyCFunction)lease_owe, METH_O, NULL},
     {"feed", (PyCFunction)lease_feed, METH_O, NULL},
     {"settle", (PyCFunction)lease_settle, METH_NOARGS, NULL},
     {NULL},

@@ -113,6 +113,12 @@ class Lease:
         @param received: bytes received; how many were consumed; the credit for them; the window.
         @return: whether there was room for one more.
         """
+    def owe(self, buffers: Sequence[Buffer]) -> bool:
+        """
+        Begin with C{buffers}, which the link has not taken yet.
+
+        @return: whether they are few enough; if not, nothing has happened.
+        """
     def feed(self, buffers: Sequence[Buffer]) -> bool:
         """
         Go on with what was received before.

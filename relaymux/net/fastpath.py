@@ -37,6 +37,10 @@ WORTHWHILE: Final = 2 * LONG_TURN
 LONGEST_PAUSE: Final = 64
 
 
+#: Times that a lease is tried before more bulk was seen.
+MOST_TRIES: Final = 4
+
+
 class _Way:
     """A lease, and whose it is."""
 
@@ -58,13 +62,16 @@ class FastPath:
     What one reactor may leave to it.
 
     @ivar turns: who tells whether bulk moves, and whether somebody talks.
+    @ivar carried: bytes of streams that came this way, in either direction.
     """
 
     def __init__(self, reactor: Any) -> None:
         self.turns = turns_for(reactor)
+        self.carried = 0
         self._reactor = reactor
         # Links that are up or were just now; those of closed connections are removed.
         self._links: dict[LinkProtocol, SessionStreams] = {}
+        self._tries = 0
         self._skip = 0
         self._pause = 0
 
@@ -92,7 +99,11 @@ class FastPath:
             return None
         ways = [way for way in (self._lease(link, epoll) for link in self._links) if way is not None]
         if not ways:
+            # What is in its way may be gone with the next event.
+            self._tries += 1
+            self.turns.bulk = self._tries % MOST_TRIES > 0
             return None
+        self._tries = 0
         assert native is not None
         carried = 0
         try:
@@ -104,6 +115,7 @@ class FastPath:
             now = self._reactor.seconds()
             for way in ways:
                 carried += self._settle(way, now)
+            self.carried += carried
             self.turns.bulk = carried > 0
             self._pause = 0 if carried >= WORTHWHILE else min(LONGEST_PAUSE, 2 * self._pause + 1)
             self._skip = self._pause
@@ -151,6 +163,10 @@ class FastPath:
                 break
             members[transport.stream_id] = (transport, local)
         if not members:
+            return None
+        owed = socket.hand_over()
+        if not lease.owe(owed):
+            socket.take_over(owed, 0)
             return None
         way = _Way(lease, link, socket, members)
         if not lease.feed(link.link.suspend()):

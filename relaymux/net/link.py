@@ -237,9 +237,9 @@ class LinkProtocol:
     def lend(self) -> SocketTransport | None:
         """@return: its socket, if the fast path may read and write it now."""
         socket = self._socket
-        if socket is None or self._receiving or self._flushing or self._paused or self._closing or self._soon:
+        if socket is None or self._receiving or self._flushing or self._closing or self._soon:
             return None
-        return socket if socket.is_read and socket.takes_more and self.link.at_rest else None
+        return socket if socket.is_read and socket.is_written and self.link.at_rest else None
 
     def carried(self, events: Sequence[Event]) -> None:
         """The fast path has done what we would have; C{events} came of it."""

@@ -134,13 +134,30 @@ class SendingSocket(Consumer):
     @property
     def takes_more(self) -> bool:
         """Whether what is written now is in front of nothing that the kernel did not take."""
-        return self._output_open and not self._output_ending and not self._queue and not self.disconnecting
+        return self.is_written and not self._queue
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the kernel may take more: sooner or later, if not now."""
+        return self._output_open and not self._output_ending and not self.disconnecting
+
+    def hand_over(self) -> list[Buffer]:
+        """
+        Have another one go on in our place, until L{take_over}.
+
+        @return: what the kernel did not take yet.
+        """
+        buffers = list(self._queue)
+        if buffers:
+            self._drop_queue()
+            self.stopWriting()
+        return buffers
 
     def take_over(self, buffers: Sequence[Buffer], error: int) -> None:
         """
         Go on in place of one who wrote to our socket.
 
-        @param buffers: what the kernel did not take; only if we L{takes_more}.
+        @param buffers: what the kernel did not take; only where nothing is queued here.
         @param error: why it never will; 0 if it may.
         """
         if not self._output_open:
@@ -152,6 +169,9 @@ class SendingSocket(Consumer):
         elif buffers:
             self.startWriting()
             self._hold_producer()
+        elif self.producerPaused and not self._queue and self.producer is not None:
+            self.producerPaused = False
+            self.producer.resumeProducing()
 
     def registerProducer(self, producer: Any, streaming: object) -> None:
         super().registerProducer(producer, streaming)

@@ -1,0 +1,402 @@
+"""Bulk over a plain link without Python for each turn: the same bytes, the same ends, the same faults."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import SkipTest
+
+from twisted.logger import capturedLogs, formatEvent
+from twisted.trial.unittest import SynchronousTestCase
+
+from relaymux.core.budget import Budget
+from relaymux.core.handshake import Limits
+from relaymux.net.buffers import pool_for
+from relaymux.net.compiled import native
+from relaymux.net.connections import LocalSocket
+from relaymux.net.disks import bind_unix
+from relaymux.net.families import transport_for, tune_link
+from relaymux.net.link import LinkProtocol
+from relaymux.net.listen import listen_on
+from relaymux.net.local import LocalDialer, LocalListener
+from relaymux.net.peer import Identity, Peer
+from relaymux.net.reactor import RelayReactor
+from tests.sockets import content
+
+MIB = 1024 * 1024
+
+#: Seconds after which a test is given up.
+DEADLINE = 60.0
+
+#: Windows do not grow beyond this, so that a test moves many of them.
+LIMITS = Limits(window=256 * 1024, replay=4 * MIB, silence=15.0, resume_window=30.0)
+
+#: More than four windows, even grown, and than two replay buffers; no multiple of anything.
+BULK = content(48 * MIB + 4711)
+LESS = content(20 * MIB + 13, 5)
+
+
+class Program(threading.Thread):
+    """
+    A program at one end, as QEMU would be: it blocks.
+
+    @ivar received: what it has read.
+    @ivar ended: how its input ended: 0 for an end, or an error; L{None} as long as it did not.
+    @ivar broke: the error of its writing, or 0.
+    """
+
+    def __init__(self, sock: socket.socket, says: bytes = b"") -> None:
+        super().__init__(daemon=True)
+        self.sock = sock
+        self.received = bytearray()
+        self.ended: int | None = None
+        self.broke = 0
+        self.pace: Callable[[], None] = lambda: None
+        self.wants = 1 << 62
+        self._says = says
+        sock.setblocking(True)
+        sock.settimeout(DEADLINE)
+        self._speaker = threading.Thread(target=self._speak, daemon=True)
+
+    def run(self) -> None:
+        self._speaker.start()
+        try:
+            while len(self.received) < self.wants:
+                piece = self.sock.recv(256 * 1024)
+                if not piece:
+                    self.ended = 0
+                    break
+                self.received += piece
+                self.pace()
+        except OSError as error:
+            self.ended = error.errno or -1
+        self._speaker.join(DEADLINE)
+
+    def _speak(self) -> None:
+        try:
+            self.sock.sendall(self._says)
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.broke = error.errno or -1
+
+
+class FastPathTests(SynchronousTestCase):
+    """Two daemons' peers in a reactor of their own, with real sockets everywhere."""
+
+    def setUp(self) -> None:
+        if native is None:
+            raise SkipTest("needs what is compiled: make test-compiled")
+        self.seed = int(os.environ.get("RELAYMUX_SEED") or time.time_ns() % 1_000_000)
+        self.random = random.Random(self.seed)
+        self.reactor: Any = RelayReactor()
+        self.addCleanup(self.close_reactor)
+        self.directory = tempfile.mkdtemp(prefix="relaymux-")
+        self.addCleanup(shutil.rmtree, self.directory)
+        logged = capturedLogs()
+        self.events: Any = logged.__enter__()
+        self.addCleanup(logged.__exit__, None, None, None)
+        self.near = self.peer("far", b"n", dialing=True)
+        self.far = self.peer("near", b"f", dialing=False)
+        self.links: tuple[Any, Any] = (None, None)
+        self.programs: list[Program] = []
+        self.addCleanup(self.close_programs)
+
+    def peer(self, name: str, letter: bytes, *, dialing: bool) -> Peer:
+        budget = Budget(512 * MIB)
+        identity = Identity(f"hv-{letter.decode()}", letter * 16)
+        return Peer(self.reactor, name, identity, LIMITS, dialing=dialing, budget=budget)
+
+    def close_reactor(self) -> None:
+        self.reactor.removeAll()
+        for descriptor in (self.reactor.waker.i, self.reactor.waker.o):
+            os.close(descriptor)
+        self.reactor._poller.close()
+
+    def close_programs(self) -> None:
+        for program in self.programs:
+            program.sock.close()
+
+    # What happens
+
+    def run_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Have the reactor run until C{condition} holds."""
+        until = self.reactor.seconds() + DEADLINE
+        while not condition() and self.reactor.seconds() < until:
+            self.reactor.iterate(0.01)
+        logged = [formatEvent(event) for event in self.events]
+        self.assertTrue(condition(), f"seed {self.seed}: never: {what}; {logged[-5:]}")
+
+    def run_for(self, seconds: float) -> None:
+        """Have the reactor run for some time."""
+        until = self.reactor.seconds() + seconds
+        self.run_until(lambda: self.reactor.seconds() > until, "time passed")
+
+    def link(self, *, tcp: bool = True, buffer: int = 0) -> None:
+        """
+        Join the peers.
+
+        @param buffer: what the kernel may hold of each direction, or 0 for what it likes.
+        """
+        pair = self.tcp_pair() if tcp else socket.socketpair()
+        if buffer:
+            for sock in pair:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        ends = []
+        for peer, sock in zip((self.near, self.far), pair, strict=True):
+            protocol = peer.build_link()
+            ends.append(transport_for(self.reactor, sock, protocol, pool_for(self.reactor)))
+            if buffer:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+        self.links = (ends[0], ends[1])
+        for transport in ends:
+            self.reactor.callLater(0, transport.begin)
+        self.run_until(lambda: self.near.is_up and self.far.is_up, "the link was up")
+
+    def tcp_pair(self) -> tuple[socket.socket, socket.socket]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            near = socket.create_connection(server.getsockname())
+            far, _ = server.accept()
+        for sock in (near, far):
+            tune_link(sock)
+        return near, far
+
+    def cut(self) -> None:
+        """The link breaks, in the middle of whatever there is."""
+        for transport in self.links:
+            transport.abortConnection()
+
+    def serve(self, name: str, near_says: bytes, far_says: bytes) -> tuple[Program, Program]:
+        """@return: the programs at the ends of a stream that is open."""
+        near_path, far_path = f"{self.directory}/near-{name}", f"{self.directory}/far-{name}"
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(far_path)
+            server.listen()
+            self.far.register(
+                name, LocalDialer(self.reactor, self.far, LocalSocket(name, name, far_path, DEADLINE, 8))
+            )
+            listener = LocalListener(self.reactor, self.near, LocalSocket(name, name, near_path, DEADLINE, 8))
+            bound = bind_unix(near_path)
+            port = listen_on(
+                self.reactor, bound.socket, listener, pool_for(self.reactor), closed=bound.remove
+            )
+            near = socket.socket(socket.AF_UNIX)
+            near.connect(near_path)
+            self.run_until(lambda: listener.totals.opened == 1, "the stream was open")
+            far, _ = server.accept()
+            port.stopListening()
+        programs = Program(near, near_says), Program(far, far_says)
+        self.programs += programs
+        return programs
+
+    def start(self, *programs: Program) -> None:
+        for program in programs:
+            program.start()
+
+    def assert_received(self, program: Program, expected: bytes) -> None:
+        """Compared without printing megabytes."""
+        same = program.received == expected
+        self.assertTrue(
+            same, f"seed {self.seed}: {len(program.received)} bytes of {len(expected)}, or others"
+        )
+
+    def over(self, *programs: Program) -> None:
+        """Run until all have come to their end."""
+        self.run_until(lambda: not any(program.is_alive() for program in programs), "all programs were done")
+
+    def assert_carried(self, least: int) -> None:
+        """Bytes that went the fast way; each counts at both daemons, which share the reactor."""
+        self.assertGreater(self.reactor.fast_path.carried, least)
+
+
+class BulkTests(FastPathTests):
+    """Bytes."""
+
+    def test_one_way(self) -> None:
+        """A stream arrives as it was sent, most of it the fast way."""
+        self.link()
+        self.one_way()
+
+    def test_over_unix(self) -> None:
+        """So it does over a link of a UNIX socket."""
+        self.link(tcp=False)
+        self.one_way()
+
+    def one_way(self) -> None:
+        near, far = self.serve("ram", BULK, b"")
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, BULK)
+        self.assertEqual((near.ended, far.ended, near.broke), (0, 0, 0))
+        self.assert_carried(len(BULK))
+
+    def test_both_ways(self) -> None:
+        """So do two directions at once."""
+        self.link()
+        near, far = self.serve("ram", BULK, LESS)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, BULK)
+        self.assert_received(near, LESS)
+        self.assert_carried(len(BULK))
+
+    def test_several_streams(self) -> None:
+        """So do several streams, of which some end before others."""
+        self.link()
+        ends = [self.serve(f"disk{i}", content(MIB * (6 + 5 * i) + i, i), LESS[: i * MIB]) for i in range(4)]
+        self.start(*(program for pair in ends for program in pair))
+        self.over(*(program for pair in ends for program in pair))
+        for i, (near, far) in enumerate(ends):
+            self.assert_received(far, content(MIB * (6 + 5 * i) + i, i))
+            self.assert_received(near, LESS[: i * MIB])
+        self.assert_carried(len(LESS))
+
+    def test_little_room_in_the_kernel(self) -> None:
+        """So do they over a link that takes little at a time, which blocks all the time."""
+        self.link(buffer=32 * 1024)
+        near, far = self.serve("ram", LESS, BULK)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, LESS)
+        self.assert_received(near, BULK)
+        self.assert_carried(0)
+
+    def test_slow_reader(self) -> None:
+        """So they do to a program that takes little at a time, and sleeps in between."""
+        self.link()
+        near, far = self.serve("ram", LESS, LESS)
+        far.pace = lambda: time.sleep(self.random.choice((0, 0, 0.001, 0.02)))
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, LESS)
+        self.assert_received(near, LESS)
+        self.assert_carried(0)
+
+    def test_beside_a_stalled_reader(self) -> None:
+        """A program that does not read at all holds up its own stream, and no other."""
+        self.link()
+        stalled, deaf = self.serve("deaf", BULK, b"")
+        near, far = self.serve("ram", BULK, b"")
+        stalled.start()
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, BULK)
+        self.assert_carried(len(BULK))
+        self.start(deaf)
+        self.over(stalled, deaf)
+        self.assert_received(deaf, BULK)
+
+    def test_beside_one_who_talks(self) -> None:
+        """Requests and answers pass between bulk, and whoever talks is not left to the fast path."""
+        self.link()
+        near, far = self.serve("ram", BULK, b"")
+        asks, answers = self.serve("talk", b"", b"")
+        heard = []
+
+        def ask() -> None:
+            for number in range(100):
+                asks.sock.sendall(b"%8d" % number)
+                heard.append(asks.sock.recv(8))
+                time.sleep(0.001)
+
+        def answer() -> None:
+            for _ in range(100):
+                answers.sock.sendall(answers.sock.recv(8))
+
+        talk = [threading.Thread(target=call, daemon=True) for call in (ask, answer)]
+        self.start(near, far)
+        for thread in talk:
+            thread.start()
+        self.run_until(lambda: not any(thread.is_alive() for thread in talk), "all was asked and answered")
+        self.over(near, far)
+        self.assertEqual(heard, [b"%8d" % number for number in range(100)])
+        self.assert_received(far, BULK)
+
+
+class EndTests(FastPathTests):
+    """How streams and links end in the middle of bulk."""
+
+    def test_cuts(self) -> None:
+        """Links that break at any moment lose nothing, and bring nothing twice."""
+        self.link()
+        near, far = self.serve("ram", BULK, BULK)
+        self.start(near, far)
+        cuts = 0
+        while near.is_alive() or far.is_alive():
+            self.run_for(self.random.uniform(0.005, 0.05))
+            if cuts < 12 and self.near.is_up and self.far.is_up:
+                cuts += 1
+                self.cut()
+                self.run_until(lambda: not (self.near.is_up or self.far.is_up), "both know")
+                self.link()
+        self.assert_received(far, BULK)
+        self.assert_received(near, BULK)
+        self.assertGreater(cuts, 2)
+        self.assert_carried(len(BULK))
+
+    def test_sender_resets(self) -> None:
+        """A program that goes away without a word ends the other one's connection, as an error."""
+        self.link()
+        near, far = self.serve("ram", BULK, LESS)
+        near.wants = 2 * MIB  # so that it leaves something unread
+        self.start(near, far)
+        self.run_until(lambda: len(far.received) > 4 * MIB, "bulk flowed")
+        near.sock.shutdown(socket.SHUT_RDWR)
+        near.sock.close()
+        self.over(far)
+        self.assertTrue(BULK.startswith(far.received))
+        self.assertLess(len(far.received), len(BULK))
+        self.assertNotEqual((far.ended, far.broke), (0, 0))
+        self.assert_carried(0)
+
+    def test_reader_leaves(self) -> None:
+        """A program that takes nothing more stops the other one; the other direction goes on."""
+        self.link()
+        near, far = self.serve("ram", BULK, LESS)
+        far.wants = 6 * MIB
+        self.start(near, far)
+        self.run_until(lambda: len(far.received) >= far.wants, "enough was read")
+        far.sock.shutdown(socket.SHUT_RD)
+        self.over(near, far)
+        self.assertTrue(BULK.startswith(far.received))
+        self.assert_received(near, LESS)
+        self.assertIn(near.broke, (errno.EPIPE, errno.ECONNRESET))
+
+    def test_half_close(self) -> None:
+        """An end of one direction arrives behind its last byte, while the other one is full."""
+        self.link()
+        near, far = self.serve("ram", content(3 * MIB + 1, 9), BULK)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, content(3 * MIB + 1, 9))
+        self.assert_received(near, BULK)
+        self.assertEqual((near.ended, far.ended, near.broke, far.broke), (0, 0, 0, 0))
+
+    def test_fault_of_the_peer(self) -> None:
+        """A peer that breaks the protocol within bulk ends the session, for the same reason as ever."""
+        self.link()
+        near, far = self.serve("ram", BULK, b"")
+        self.start(near, far)
+        self.run_until(lambda: len(far.received) > 4 * MIB, "bulk flowed")
+        protocol = self.links[0].protocol
+        assert isinstance(protocol, LinkProtocol)
+        session = protocol.link.session
+        assert session is not None
+        stream_id = next(iter(session.streams))
+        session.streams[stream_id].send.window.limit = 1 << 60  # and so it sends what it may not
+        session.growth = None
+        receiver = self.links[1].protocol.link.session.streams[stream_id].receive.window
+        receiver.size = receiver.granted = receiver.received
+        self.run_until(lambda: self.far.open_streams == 0, "the stream was over")
+        told = " ".join(formatEvent(event) for event in self.events)
+        self.assertIn("FLOW_CONTROL_ERROR", told)
+        self.over(near, far)
+        self.assertTrue(BULK.startswith(far.received))
