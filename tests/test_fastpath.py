@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import select
 import shutil
 import socket
 import tempfile
@@ -18,8 +19,9 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.core.budget import Budget
+from relaymux.core.frames import CREDIT, Kind, data_header, encode
 from relaymux.core.handshake import Limits
-from relaymux.net.buffers import pool_for
+from relaymux.net.buffers import BufferPool, pool_for
 from relaymux.net.compiled import native
 from relaymux.net.connections import LocalSocket
 from relaymux.net.disks import bind_unix
@@ -30,6 +32,7 @@ from relaymux.net.local import LocalDialer, LocalListener
 from relaymux.net.peer import Identity, Peer
 from relaymux.net.reactor import RelayReactor
 from tests.sockets import content
+from tests.wire import parse
 
 MIB = 1024 * 1024
 
@@ -59,7 +62,7 @@ class Program(threading.Thread):
         self.received = bytearray()
         self.ended: int | None = None
         self.broke = 0
-        self.pace: Callable[[], None] = lambda: None
+        self.pace: Callable[[], object] = lambda: None
         self.wants = 1 << 62
         self._says = says
         sock.setblocking(True)
@@ -86,6 +89,86 @@ class Program(threading.Thread):
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             self.broke = error.errno or -1
+
+
+class LeaseTests(SynchronousTestCase):
+    """What one lease does, and leaves behind."""
+
+    def setUp(self) -> None:
+        if native is None:
+            raise SkipTest("needs what is compiled: make test-compiled")
+        self.epoll = select.epoll()
+        self.addCleanup(self.epoll.close)
+        self.link, self.peer = self.sockets()
+        self.local, self.program = self.sockets()
+        for sock in (self.link, self.local):
+            self.epoll.register(sock, select.EPOLLIN)
+
+    def sockets(self) -> tuple[socket.socket, socket.socket]:
+        pair = socket.socketpair()
+        for sock in pair:
+            sock.setblocking(False)
+            self.addCleanup(sock.close)
+        return pair
+
+    def lease(self, credit: int, *, writes: bool = True, queued: bool = False) -> Any:
+        """@param credit: bytes that may be sent for stream 3."""
+        assert native is not None
+        lease = native.Lease(
+            BufferPool(),
+            self.link.fileno(),
+            self.epoll.fileno(),
+            (0, 0, 1 << 30, 256),
+            (0, 0, 1 << 19, 1 << 20),
+            1 << 19,
+            1,
+        )
+        window = (0, 0, 1 << 20, 1 << 20)
+        self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
+        return lease
+
+    def wait(self, lease: Any, seconds: float = 0.05) -> list[tuple[int, int]]:
+        assert native is not None
+        return list(native.wait(self.epoll.fileno(), -1.0, seconds, [lease]))
+
+    def test_no_more_than_credit(self) -> None:
+        """What exceeds the credit stays where it is, and its socket is watched again when all is over."""
+        self.program.send(content(3000))
+        lease = self.lease(1000)
+        self.assertEqual(self.wait(lease), [])
+        self.assertEqual(self.peer.recv(4000), data_header(3, 1000) + content(3000)[:1000])
+        self.assertEqual(lease.settle()[0], 1012)
+        self.assertEqual(self.epoll.poll(1), [(self.local.fileno(), select.EPOLLIN)])
+        self.assertEqual(self.local.recv(4000), content(3000)[1000:])
+
+    def test_credit_within_a_lease(self) -> None:
+        """New credit is used at once, within what it allows."""
+        self.program.send(content(3000))
+        self.peer.send(encode(Kind.CREDIT, 3, CREDIT.pack(2500, 0)))
+        lease = self.lease(1000)
+        self.assertEqual(self.wait(lease), [])
+        sent = parse(self.peer.recv(9000))
+        self.assertEqual(b"".join(payload for _, _, payload in sent), content(3000)[:2500])
+        self.assertEqual(lease.settle()[8][0][2:4], (2500, 0))
+
+    def test_others_wait_for_the_socket(self) -> None:
+        """Python may wait until the socket takes what it has queued: it is told, whatever happened here."""
+        while True:
+            try:
+                self.local.send(bytes(65536))
+            except BlockingIOError:
+                break
+        self.epoll.modify(self.local, select.EPOLLIN | select.EPOLLOUT)
+        self.program.send(content(3000))
+        lease = self.lease(1000, writes=False, queued=True)
+        self.assertEqual(self.wait(lease), [])
+        self.local.recv(9000)
+        while True:
+            try:
+                self.program.recv(1 << 20)
+            except BlockingIOError:
+                break
+        self.assertEqual(self.epoll.poll(1), [(self.local.fileno(), select.EPOLLOUT)])
 
 
 class FastPathTests(SynchronousTestCase):
@@ -236,7 +319,7 @@ class BulkTests(FastPathTests):
         self.over(near, far)
         self.assert_received(far, BULK)
         self.assertEqual((near.ended, far.ended, near.broke), (0, 0, 0))
-        self.assert_carried(len(BULK))
+        self.assert_carried(4 * MIB)
 
     def test_both_ways(self) -> None:
         """So do two directions at once."""
@@ -246,7 +329,7 @@ class BulkTests(FastPathTests):
         self.over(near, far)
         self.assert_received(far, BULK)
         self.assert_received(near, LESS)
-        self.assert_carried(len(BULK))
+        self.assert_carried(4 * MIB)
 
     def test_several_streams(self) -> None:
         """So do several streams, of which some end before others."""
@@ -257,7 +340,7 @@ class BulkTests(FastPathTests):
         for i, (near, far) in enumerate(ends):
             self.assert_received(far, content(MIB * (6 + 5 * i) + i, i))
             self.assert_received(near, LESS[: i * MIB])
-        self.assert_carried(len(LESS))
+        self.assert_carried(4 * MIB)
 
     def test_little_room_in_the_kernel(self) -> None:
         """So do they over a link that takes little at a time, which blocks all the time."""
@@ -280,6 +363,24 @@ class BulkTests(FastPathTests):
         self.assert_received(near, LESS)
         self.assert_carried(0)
 
+    def test_both_stop_reading(self) -> None:
+        """So they do where both stop reading again and again, for long enough that everything is full."""
+        self.link()
+        near, far = self.serve("ram", BULK, BULK)
+        gate = threading.Event()
+        for program in (near, far):
+            program.pace = lambda: gate.wait(DEADLINE)
+        self.start(near, far)
+        for _ in range(12):
+            gate.clear()
+            self.run_for(0.05)
+            gate.set()
+            self.run_for(self.random.uniform(0.001, 0.01))
+        self.over(near, far)
+        self.assert_received(far, BULK)
+        self.assert_received(near, BULK)
+        self.assert_carried(4 * MIB)
+
     def test_beside_a_stalled_reader(self) -> None:
         """A program that does not read at all holds up its own stream, and no other."""
         self.link()
@@ -289,7 +390,7 @@ class BulkTests(FastPathTests):
         self.start(near, far)
         self.over(near, far)
         self.assert_received(far, BULK)
-        self.assert_carried(len(BULK))
+        self.assert_carried(4 * MIB)
         self.start(deaf)
         self.over(stalled, deaf)
         self.assert_received(deaf, BULK)
@@ -340,7 +441,7 @@ class EndTests(FastPathTests):
         self.assert_received(far, BULK)
         self.assert_received(near, BULK)
         self.assertGreater(cuts, 2)
-        self.assert_carried(len(BULK))
+        self.assert_carried(4 * MIB)
 
     def test_sender_resets(self) -> None:
         """A program that goes away without a word ends the other one's connection, as an error."""

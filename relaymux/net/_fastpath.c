@@ -72,6 +72,7 @@ typedef struct {
     uint32_t id;
     int fd;
     int reads, writes; /* whether its socket is read, and written, here */
+    uint32_t others;   /* what else Python's reactor waits for there */
     int held;          /* not watched, as there is no credit */
     /* What its socket gave: docs/protocol.md, 4.3 and 5. */
     uint64_t sent, limit, delivered, sent_before;
@@ -399,13 +400,13 @@ static void answer(Lease *lease)
 static void hold(Lease *lease, Stream *stream)
 {
     stream->held = 1;
-    watch(lease, stream->fd, 0);
+    watch(lease, stream->fd, stream->others);
 }
 
 static void release(Lease *lease, Stream *stream)
 {
     stream->held = 0;
-    watch(lease, stream->fd, EPOLLIN);
+    watch(lease, stream->fd, EPOLLIN | stream->others);
 }
 
 /* A local socket has something.  -1 with an exception. */
@@ -701,9 +702,9 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
 static PyObject *lease_add(Lease *lease, PyObject *args)
 {
     unsigned int id;
-    int fd, reads, writes;
+    int fd, reads, writes, queued;
     unsigned long long sent, limit, delivered, received, consumed, granted, size;
-    if (!PyArg_ParseTuple(args, "Iipp(KKK)(KKKK):add", &id, &fd, &reads, &writes, &sent, &limit, &delivered,
+    if (!PyArg_ParseTuple(args, "Iippp(KKK)(KKKK):add", &id, &fd, &reads, &writes, &queued, &sent, &limit, &delivered,
                           &received, &consumed, &granted, &size))
         return NULL;
     if (lease->stream_count == lease->places)
@@ -713,6 +714,7 @@ static PyObject *lease_add(Lease *lease, PyObject *args)
         .fd = fd,
         .reads = reads,
         .writes = writes,
+        .others = queued ? EPOLLOUT : 0,
         .sent = sent,
         .sent_before = sent,
         .limit = limit,

@@ -103,12 +103,14 @@ class Lease:
         sock: int,
         reads: bool,
         writes: bool,
+        queued: bool,
         sent: tuple[int, int, int],
         received: tuple[int, int, int, int],
     ) -> bool:
         """
         @param reads: whether the socket is read for the stream.
         @param writes: whether it is written.
+        @param queued: whether somebody else waits for it to take something.
         @param sent: bytes sent; the credit for them; how many were delivered.
         @param received: bytes received; how many were consumed; the credit for them; the window.
         @return: whether there was room for one more.

@@ -157,6 +157,7 @@ class FastPath:
                 local.fileno(),
                 reads,
                 writes,
+                bool(local.queuedBytes),
                 (send.window.sent, send.window.limit, send.delivered),
                 (window.received, window.consumed, window.granted, window.size),
             ):
