@@ -134,7 +134,8 @@ class FastPath:
             if stream is None:
                 continue
             reads, writes = (
-                transport.takes_directly and local.is_read,
+                # With something queued it is watched for writing, too, of which C knows nothing.
+                transport.takes_directly and local.is_read and not local.queuedBytes,
                 transport.gives_directly and local.takes_more,
             )
             if not (reads or writes):
