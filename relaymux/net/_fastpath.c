@@ -91,7 +91,10 @@ typedef struct {
     int settled; /* Python has taken it back */
     /* What is sent. */
     uint64_t end, acknowledged, settled_end;
-    int64_t room; /* of the replay buffer */
+    int64_t room; /* of the replay buffer; negative with control frames beyond it */
+    uint64_t most_held; /* bytes in it with which control frames have to wait, too */
+    uint64_t *ends; /* of the frames that were sent before, oldest first; those from `first_end` on are not acknowledged */
+    Py_ssize_t first_end, end_count;
     Py_ssize_t frame_cost, turn;
     Sent *sent; /* a ring of MOST_SENT */
     int first, sent_count;
@@ -316,7 +319,14 @@ static int acknowledge(Lease *lease, uint64_t offset)
         return 0;
     if (offset < lease->acknowledged || offset > lease->end)
         return -1;
-    /* Whether a frame that was sent before ends there will be seen by Python. */
+    Py_ssize_t before = lease->first_end;
+    while (before < lease->end_count && lease->ends[before] < offset)
+        before++;
+    if (offset <= lease->settled_end) {
+        if (before == lease->end_count || lease->ends[before] != offset)
+            return -1;
+        before++;
+    }
     if (offset > lease->settled_end) {
         int last = 0;
         while (last < lease->sent_count && lease->sent[(lease->first + last) % MOST_SENT].end < offset)
@@ -330,6 +340,8 @@ static int acknowledge(Lease *lease, uint64_t offset)
             lease->room += lease->frame_cost;
         }
     }
+    lease->room += (before - lease->first_end) * lease->frame_cost;
+    lease->first_end = before;
     lease->room += offset - lease->acknowledged;
     lease->acknowledged = offset;
     return 0;
@@ -375,7 +387,7 @@ static void answer(Lease *lease)
         Stream *stream = &lease->streams[i];
         if (!stream->credit_due)
             continue;
-        if (lease->sent_count == MOST_SENT) {
+        if (lease->sent_count == MOST_SENT || lease->end - lease->acknowledged >= lease->most_held) {
             lease->over = 1; /* the rest is said by Python */
             break;
         }
@@ -656,20 +668,21 @@ static void lease_dealloc(Lease *lease)
     Py_XDECREF(lease->left);
     Py_XDECREF(lease->pool);
     PyMem_Free(lease->sent);
+    PyMem_Free(lease->ends);
     PyMem_Free(lease->streams);
     Py_TYPE(lease)->tp_free(lease);
 }
 
 static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    PyObject *pool;
+    PyObject *pool, *ends;
     int fd, epoll, places;
-    unsigned long long end, acknowledged, rx_next, rx_acknowledged, ack_bytes;
+    unsigned long long end, acknowledged, most_held, rx_next, rx_acknowledged, ack_bytes;
     long long room;
     Py_ssize_t frame_cost, turn;
     unsigned int max_payload;
-    if (!PyArg_ParseTuple(args, "O!ii(KKLn)(KKKI)ni", &PoolType, &pool, &fd, &epoll, &end, &acknowledged, &room,
-                          &frame_cost, &rx_next, &rx_acknowledged, &ack_bytes, &max_payload, &turn, &places))
+    if (!PyArg_ParseTuple(args, "O!ii(KKLKnO!)(KKKI)ni", &PoolType, &pool, &fd, &epoll, &end, &acknowledged,
+                          &room, &most_held, &frame_cost, &PyList_Type, &ends, &rx_next, &rx_acknowledged, &ack_bytes, &max_payload, &turn, &places))
         return NULL;
     if (check_minimum((Pool *)pool, READ_ROOM))
         return NULL;
@@ -682,6 +695,7 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     lease->end = lease->settled_end = end;
     lease->acknowledged = acknowledged;
     lease->room = room;
+    lease->most_held = most_held;
     lease->frame_cost = frame_cost;
     lease->turn = turn;
     lease->rx_next = rx_next;
@@ -691,9 +705,16 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     lease->places = places < 0 ? 0 : places > MOST_STREAMS ? MOST_STREAMS : places;
     lease->sent = PyMem_Malloc(MOST_SENT * sizeof(Sent));
     lease->streams = PyMem_Malloc((lease->places + 1) * sizeof(Stream));
-    if (!lease->sent || !lease->streams) {
+    lease->ends = PyMem_Malloc((PyList_GET_SIZE(ends) + 1) * sizeof(uint64_t));
+    if (!lease->sent || !lease->streams || !lease->ends) {
         Py_DECREF(lease);
         return PyErr_NoMemory();
+    }
+    for (; lease->end_count < PyList_GET_SIZE(ends); lease->end_count++)
+        lease->ends[lease->end_count] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(ends, lease->end_count));
+    if (PyErr_Occurred()) {
+        Py_DECREF(lease);
+        return NULL;
     }
     return (PyObject *)lease;
 }

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from relaymux.core.link import Link
 from relaymux.core.replay import FRAME_COST
+from relaymux.core.session import Session
 from relaymux.net.buffers import pool_for
 from relaymux.net.compiled import native
 from relaymux.net.link import LinkProtocol
@@ -51,6 +53,21 @@ class _Way:
         self.link = link
         self.socket = socket
         self.streams = streams
+
+
+def lease_of(link: Link, session: Session, pool: Any, descriptor: int, epoll: int, places: int) -> Any:
+    """@return: a lease of C{link}, without its streams as yet; C{places} of them."""
+    replay = session.replay
+    assert native is not None
+    return native.Lease(
+        pool,
+        descriptor,
+        epoll,
+        (replay.end, replay.acknowledged, replay.slack, replay.most_held, FRAME_COST, replay.ends),
+        (session.rx_next, session.rx_acknowledged, session.ack_bytes, link.max_payload),
+        min(LONG_TURN, session.longest_payload),
+        places,
+    )
 
 
 class FastPath:
@@ -117,17 +134,7 @@ class FastPath:
         found = streams.carried()
         if not found:
             return None
-        replay = session.replay
-        assert native is not None
-        lease = native.Lease(
-            pool_for(self._reactor),
-            socket.fileno(),
-            epoll,
-            (replay.end, replay.acknowledged, replay.room, FRAME_COST),
-            (session.rx_next, session.rx_acknowledged, session.ack_bytes, link.link.max_payload),
-            min(LONG_TURN, session.longest_payload),
-            len(found),
-        )
+        lease = lease_of(link.link, session, pool_for(self._reactor), socket.fileno(), epoll, len(found))
         members = {}
         for transport, local in found:
             stream = session.streams.get(transport.stream_id)
