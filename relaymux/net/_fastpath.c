@@ -629,11 +629,15 @@ static void deliver_all(Lease *lease)
 static int from_link(Lease *lease)
 {
     Pieces pieces = {.count = 0};
-    int failed = gather(lease->pool, lease->fd, lease->turn, &pieces, MOST_PIECES, &lease->read_end);
-    for (int i = 0; i < pieces.count && !failed; i++)
-        failed = take_in(lease, &pieces.piece[i]);
+    int failed = gather(lease->pool, lease->fd, lease->turn, &pieces, MOST_PIECES, &lease->read_end), lost = 0;
+    for (int i = 0; i < pieces.count && !lost; i++) /* what was read before it failed, too */
+        lost = take_in(lease, &pieces.piece[i]);
     drop(&pieces);
     deliver_all(lease);
+    if (lost) {
+        failed = lost;
+        lease->read_end = EIO; /* the connection cannot go on without what is lost: the next one repeats it */
+    }
     if (failed || lease->read_end)
         lease->over = 1;
     if (!failed) {
@@ -751,8 +755,10 @@ static PyObject *lease_add(Lease *lease, PyObject *args)
 static PyObject *lease_feed(Lease *lease, PyObject *buffers)
 {
     PyObject *list = PySequence_Fast(buffers, "feed() takes a sequence");
-    if (!list)
+    if (!list) {
+        lease->read_end = EIO;
         return NULL;
+    }
     int failed = 0;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list) && !failed; i++) {
         PyObject *view = PyMemoryView_FromObject(PySequence_Fast_GET_ITEM(list, i));
@@ -770,8 +776,11 @@ static PyObject *lease_feed(Lease *lease, PyObject *buffers)
     }
     Py_DECREF(list);
     deliver_all(lease);
-    if (failed)
+    if (failed) {
+        lease->over = 1;
+        lease->read_end = EIO; /* as in from_link() */
         return NULL;
+    }
     return PyBool_FromLong(!lease->over);
 }
 
@@ -940,14 +949,14 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
         return NULL;
     double until = seconds() + (timeout >= 0 && timeout < longest ? timeout : longest);
     int failed = 0;
-    while (!failed && !PyList_GET_SIZE(others) && !any_over(leases)) {
+    for (int looks = 0; !failed && !PyList_GET_SIZE(others) && !any_over(leases); looks = 1) {
         struct epoll_event events[MOST_EVENTS];
         double left = until - seconds();
-        if (left < 0)
-            break;
+        if (left < 0 && looks)
+            break; /* not before there was one look: with no time at all there may be events */
         int count;
         Py_BEGIN_ALLOW_THREADS
-        count = epoll_wait(epoll, events, MOST_EVENTS, (int)ceil(left * 1000));
+        count = epoll_wait(epoll, events, MOST_EVENTS, left > 0 ? (int)ceil(left * 1000) : 0);
         Py_END_ALLOW_THREADS
         if (count < 0) {
             if (errno != EINTR)
