@@ -149,8 +149,9 @@ class SendingSocket(Consumer):
         self.queuedBytes += sum(map(len, buffers))
         if error:
             self._sending_failed(OSError(error, os.strerror(error)))
-        elif buffers:
-            self.startWriting()
+        if self._queue and buffers:  # also if there is only no memory now
+            if not error:
+                self.startWriting()
             self._hold_producer()
 
     def registerProducer(self, producer: Any, streaming: object) -> None:
