@@ -885,7 +885,8 @@ static int carry(PyObject *leases, const struct epoll_event *event)
         if (lease->over)
             continue;
         if (event->data.fd == lease->fd) {
-            if (event->events & ~(EPOLLIN | EPOLLOUT))
+            /* Python may have asked whether it takes something, too. */
+            if (event->events & ~(lease->blocked ? EPOLLIN | EPOLLOUT : EPOLLIN))
                 return 0;
             if (event->events & EPOLLOUT)
                 link_takes(lease);
