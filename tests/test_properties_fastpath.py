@@ -6,6 +6,7 @@ RELAYMUX_EXAMPLES=N has N examples of each tried; see L{tests.test_properties_co
 
 from __future__ import annotations
 
+import contextlib
 import random
 import select
 import socket
@@ -20,11 +21,27 @@ from relaymux.core.frames import FrameDecoder, Kind
 from relaymux.core.handshake import Limits
 from relaymux.core.link import LinkState
 from relaymux.core.stream import ReceiveState, SendState
-from relaymux.net.buffers import BufferPool
 from relaymux.net.compiled import native
 from relaymux.net.fastpath import lease_of
 from tests.test_properties_core import bounded, cuts
-from tests.wire import ACK, CREDIT, DATA, FIN, GOAWAY, OPEN, PING, PONG, RESET, STOP, Core, frame, join, parse, u16, u64
+from tests.wire import (
+    ACK,
+    CREDIT,
+    DATA,
+    FIN,
+    GOAWAY,
+    OPEN,
+    PING,
+    PONG,
+    RESET,
+    STOP,
+    Core,
+    frame,
+    join,
+    parse,
+    u16,
+    u64,
+)
 
 #: Windows that are larger than the smallest buffer of a socket, and few frames long.
 LIMITS = Limits(max_payload=8192, max_streams=3, window=32768, replay=65536, silence=15.0)
@@ -35,7 +52,10 @@ STREAMS = (1, 3)
 #: What a frame is to be, and two numbers for it, each of which means a different thing to each kind.
 ACTIONS = st.tuples(
     st.sampled_from(
-        ["data"] * 18 + ["flood"] + ["ack"] * 9 + ["credit"] * 9
+        ["data"] * 18
+        + ["flood"]
+        + ["ack"] * 9
+        + ["credit"] * 9
         + ["ping", "pong", "fin", "reset", "stop", "open", "goaway", "flags", "kind", "length", "say"]
     ),
     st.sampled_from([1, 3] * 20 + [5, 0]),
@@ -118,7 +138,10 @@ class Side(Core):
                 continue
             send, window = stream.send, stream.receive.window
             assert lease.add(
-                stream_id, near.fileno(), reads, writes,
+                stream_id,
+                near.fileno(),
+                reads,
+                writes,
                 (send.window.sent, send.window.limit, send.delivered),
                 (window.received, window.consumed, window.granted, window.size),
             )
@@ -134,9 +157,7 @@ class Side(Core):
         session = self.session
         assert not read_end and not write_end
         for stream_id, out, limit, delivered, received, consumed, granted, untaken, read, write in streams:
-            session.carried_stream(
-                stream_id, out, limit, delivered, received, consumed, granted, self.now
-            )
+            session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, self.now)
             assert not read and not write
             self.queues[stream_id] += untaken
         self.seen += self.link.carried(sent, end, acknowledged, rx_next, told, self.now)
@@ -166,7 +187,14 @@ class Side(Core):
             found += sorted(join(buffers) for _, buffers in replay._frames)
             for stream in session.streams.values():
                 send, window = stream.send, stream.receive.window
-                found += [send.state, send.accepted, send.delivered, send.queued, send.window.sent, send.window.limit]
+                found += [
+                    send.state,
+                    send.accepted,
+                    send.delivered,
+                    send.queued,
+                    send.window.sent,
+                    send.window.limit,
+                ]
                 found += [stream.receive.state, window.received]
                 if exact:
                     found += [window.consumed, window.granted]
@@ -247,9 +275,7 @@ class FrameTests(FastPathTestCase):
                     c.lease(piece, pool)
                 else:
                     c.python(piece)
-            self.assertEqual(
-                python.state(exact=send_buffer is None), c.state(exact=send_buffer is None)
-            )
+            self.assertEqual(python.state(exact=send_buffer is None), c.state(exact=send_buffer is None))
             for stream_id in STREAMS:
                 self.assertEqual(python.got(stream_id), c.got(stream_id))
         finally:
@@ -272,7 +298,7 @@ class FrameTests(FastPathTestCase):
     @bounded(100)
     @given(*ARGS)
     def test_same_with_slow_programs(self, actions: Any, places: Any, turns: Any, sizes: Any) -> None:
-        """With sockets that take little: who has how much of it depends on the turns, and nothing else does."""
+        """With sockets that take little: only who has how much of it depends on the turns."""
         total = 0
         kept = []
         for action in actions:
@@ -380,10 +406,8 @@ class WaitTests(FastPathTestCase):
                         count = 0
                     wrote[stream_id] += block[start : start + count]
                 if chance.random() < 0.6 or all_of_it:
-                    try:
+                    with contextlib.suppress(BlockingIOError):
                         read[stream_id] += far.recv(1 << 20 if all_of_it else chance.randint(1, 30_000))
-                    except BlockingIOError:
-                        pass
 
         def python() -> None:
             """Python's turn: it sends what it can, and has the programs take what waits for them."""
@@ -395,10 +419,8 @@ class WaitTests(FastPathTestCase):
                     side.deliver(stream_id, [memoryview(join(queue))])
             if not waiting:
                 waiting = side.raw(1 << 16)
-            try:
+            with contextlib.suppress(BlockingIOError):
                 waiting = waiting[link.send(waiting) :] if waiting else b""
-            except BlockingIOError:
-                pass
 
         def read_link() -> None:
             try:
@@ -436,7 +458,10 @@ class WaitTests(FastPathTestCase):
             for stream_id, (near, _) in side.sockets.items():
                 send, window = session.streams[stream_id].send, session.streams[stream_id].receive.window
                 lease.add(
-                    stream_id, near.fileno(), not send.queued, not side.queues[stream_id],
+                    stream_id,
+                    near.fileno(),
+                    not send.queued,
+                    not side.queues[stream_id],
                     (send.window.sent, send.window.limit, send.delivered),
                     (window.received, window.consumed, window.granted, window.size),
                 )
