@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from unittest import SkipTest
 
@@ -32,7 +33,7 @@ from relaymux.net.local import LocalDialer, LocalListener
 from relaymux.net.peer import Identity, Peer
 from relaymux.net.reactor import RelayReactor
 from tests.sockets import content
-from tests.wire import parse
+from tests.wire import parse, u64
 
 MIB = 1024 * 1024
 
@@ -111,19 +112,31 @@ class LeaseTests(SynchronousTestCase):
             self.addCleanup(sock.close)
         return pair
 
-    def lease(self, credit: int, *, writes: bool = True, queued: bool = False) -> Any:
-        """@param credit: bytes that may be sent for stream 3."""
+    def lease(
+        self,
+        credit: int,
+        *,
+        writes: bool = True,
+        queued: bool = False,
+        before: tuple[int, ...] = (),
+        most_held: int = 1 << 30,
+    ) -> Any:
+        """
+        @param credit: bytes that may be sent for stream 3.
+        @param before: where frames end that were sent before, and not acknowledged.
+        @param most_held: bytes that may be unacknowledged.
+        """
         assert native is not None
         lease = native.Lease(
             BufferPool(),
             self.link.fileno(),
             self.epoll.fileno(),
-            (0, 0, 1 << 30, 256),
+            (before[-1] if before else 0, 0, 1 << 30, most_held, 256, list(before)),
             (0, 0, 1 << 19, 1 << 20),
             1 << 19,
             1,
         )
-        window = (0, 0, 1 << 20, 1 << 20)
+        window = (0, 0, 4096, 4096)
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
@@ -153,22 +166,71 @@ class LeaseTests(SynchronousTestCase):
 
     def test_others_wait_for_the_socket(self) -> None:
         """Python may wait until the socket takes what it has queued: it is told, whatever happened here."""
-        while True:
-            try:
+        with suppress(BlockingIOError):
+            while True:
                 self.local.send(bytes(65536))
-            except BlockingIOError:
-                break
         self.epoll.modify(self.local, select.EPOLLIN | select.EPOLLOUT)
         self.program.send(content(3000))
         lease = self.lease(1000, writes=False, queued=True)
         self.assertEqual(self.wait(lease), [])
         self.local.recv(9000)
-        while True:
-            try:
+        with suppress(BlockingIOError):
+            while True:
                 self.program.recv(1 << 20)
-            except BlockingIOError:
-                break
         self.assertEqual(self.epoll.poll(1), [(self.local.fileno(), select.EPOLLOUT)])
+
+    def test_no_time(self) -> None:
+        """Without any time, what is there is carried all the same."""
+        self.program.send(b"now")
+        lease = self.lease(1000)
+        assert native is not None
+        self.assertEqual(native.wait(self.epoll.fileno(), 0.0, 0.05, [lease]), [])
+        self.assertEqual(self.peer.recv(100), data_header(3, 3) + b"now")
+
+    def test_acknowledged_within_a_frame(self) -> None:
+        """An ACK that cannot be, of what was sent before, is Python's, and so is all that follows it."""
+        lease = self.lease(1000, before=(100, 250))
+        wrong = encode(Kind.ACK, 0, u64(180)) + data_header(3, 4) + b"more"
+        self.peer.send(encode(Kind.ACK, 0, u64(100)) + wrong)
+        self.assertEqual(self.wait(lease), [])
+        settled = lease.settle()
+        self.assertEqual((settled[1], b"".join(map(bytes, settled[6]))), (100, wrong))
+        self.assertRaises(BlockingIOError, self.program.recv, 100)
+
+    def test_peer_acknowledges_nothing(self) -> None:
+        """With a full replay buffer, and what is allowed beyond that, no more CREDIT is said."""
+        lease = self.lease(1000, most_held=100)
+        said = 0
+        for _ in range(20):
+            self.peer.send(data_header(3, 2000) + content(2000))
+            self.wait(lease, 0.001)
+            self.program.recv(4000)
+            with suppress(BlockingIOError):
+                said += len(self.peer.recv(4000))
+        self.assertEqual(said, 4 * 28)
+        self.assertEqual(lease.settle()[0], 4 * 28)
+
+    def test_what_is_owed(self) -> None:
+        """What Python could not send leaves first, whole, before anything else."""
+        owed = [b"a" * 100, memoryview(b"b" * 3000)]
+        lease = self.lease(1000)
+        self.assertTrue(lease.owe(owed))
+        self.program.send(b"new")
+        self.wait(lease)
+        self.assertEqual(self.peer.recv(9000), b"a" * 100 + b"b" * 3000 + data_header(3, 3) + b"new")
+        self.assertEqual(lease.settle()[5], [])
+
+    def test_what_is_owed_and_not_taken(self) -> None:
+        """What the link does not take is given back."""
+        with suppress(BlockingIOError):
+            while True:
+                self.link.send(bytes(65536))
+        lease = self.lease(1000)
+        self.assertTrue(lease.owe([b"a" * 100, memoryview(b"b" * 3000)]))
+        self.program.send(b"new")
+        self.assertEqual(self.wait(lease), [])
+        self.assertEqual(b"".join(map(bytes, lease.settle()[5])), b"a" * 100 + b"b" * 3000)
+        self.assertEqual(self.local.recv(100), b"new")
 
 
 class FastPathTests(SynchronousTestCase):

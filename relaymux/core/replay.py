@@ -58,12 +58,27 @@ class ReplayBuffer:
     @property
     def room(self) -> int:
         """Bytes of DATA frames, headers included, that may be added; never negative."""
-        return max(0, self.capacity - self.held_bytes - FRAME_COST * len(self._frames))
+        return max(0, self.slack)
+
+    @property
+    def slack(self) -> int:
+        """As C{room}, and negative if control frames have exceeded the capacity."""
+        return self.capacity - self.held_bytes - FRAME_COST * len(self._frames)
+
+    @property
+    def most_held(self) -> int:
+        """Bytes held from which on control frames have to wait, too."""
+        return self.capacity + HEAD_ROOM
+
+    @property
+    def ends(self) -> list[int]:
+        """The offsets at which the frames end that are held, oldest first."""
+        return [end for end, _ in self._frames]
 
     @property
     def full(self) -> bool:
         """Whether control frames have to wait, too."""
-        return self.held_bytes >= self.capacity + HEAD_ROOM
+        return self.held_bytes >= self.most_held
 
     def append(self, buffers: Sequence[Buffer], size: int) -> None:
         """Keep one frame: C{buffers} in order, C{size} bytes in all."""

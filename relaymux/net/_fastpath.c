@@ -92,7 +92,10 @@ typedef struct {
     int settled; /* Python has taken it back */
     /* What is sent. */
     uint64_t end, acknowledged, settled_end;
-    int64_t room; /* of the replay buffer */
+    int64_t room; /* of the replay buffer; negative with control frames beyond it */
+    uint64_t most_held; /* bytes in it with which control frames have to wait, too */
+    uint64_t *ends; /* of the frames that were sent before, oldest first; those from `first_end` on are not acknowledged */
+    Py_ssize_t first_end, end_count;
     Py_ssize_t frame_cost, turn;
     Sent *sent; /* a ring of MOST_SENT */
     int first, sent_count;
@@ -317,7 +320,14 @@ static int acknowledge(Lease *lease, uint64_t offset)
         return 0;
     if (offset < lease->acknowledged || offset > lease->end)
         return -1;
-    /* Whether a frame that was sent before ends there will be seen by Python. */
+    Py_ssize_t before = lease->first_end;
+    while (before < lease->end_count && lease->ends[before] < offset)
+        before++;
+    if (offset <= lease->settled_end) {
+        if (before == lease->end_count || lease->ends[before] != offset)
+            return -1;
+        before++;
+    }
     if (offset > lease->settled_end) {
         int last = 0;
         while (last < lease->sent_count && lease->sent[(lease->first + last) % MOST_SENT].end < offset)
@@ -331,6 +341,8 @@ static int acknowledge(Lease *lease, uint64_t offset)
             lease->room += lease->frame_cost;
         }
     }
+    lease->room += (before - lease->first_end) * lease->frame_cost;
+    lease->first_end = before;
     lease->room += offset - lease->acknowledged;
     lease->acknowledged = offset;
     return 0;
@@ -376,7 +388,7 @@ static void answer(Lease *lease)
         Stream *stream = &lease->streams[i];
         if (!stream->credit_due)
             continue;
-        if (lease->sent_count == MOST_SENT) {
+        if (lease->sent_count == MOST_SENT || lease->end - lease->acknowledged >= lease->most_held) {
             lease->over = 1; /* the rest is said by Python */
             break;
         }
@@ -618,11 +630,15 @@ static void deliver_all(Lease *lease)
 static int from_link(Lease *lease)
 {
     Pieces pieces = {.count = 0};
-    int failed = gather(lease->pool, lease->fd, lease->turn, &pieces, MOST_PIECES, &lease->read_end);
-    for (int i = 0; i < pieces.count && !failed; i++)
-        failed = take_in(lease, &pieces.piece[i]);
+    int failed = gather(lease->pool, lease->fd, lease->turn, &pieces, MOST_PIECES, &lease->read_end), lost = 0;
+    for (int i = 0; i < pieces.count && !lost; i++) /* what was read before it failed, too */
+        lost = take_in(lease, &pieces.piece[i]);
     drop(&pieces);
     deliver_all(lease);
+    if (lost) {
+        failed = lost;
+        lease->read_end = EIO; /* the connection cannot go on without what is lost: the next one repeats it */
+    }
     if (failed || lease->read_end)
         lease->over = 1;
     if (!failed) {
@@ -657,20 +673,21 @@ static void lease_dealloc(Lease *lease)
     Py_XDECREF(lease->left);
     Py_XDECREF(lease->pool);
     PyMem_Free(lease->sent);
+    PyMem_Free(lease->ends);
     PyMem_Free(lease->streams);
     Py_TYPE(lease)->tp_free(lease);
 }
 
 static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    PyObject *pool;
+    PyObject *pool, *ends;
     int fd, epoll, places;
-    unsigned long long end, acknowledged, rx_next, rx_acknowledged, ack_bytes;
+    unsigned long long end, acknowledged, most_held, rx_next, rx_acknowledged, ack_bytes;
     long long room;
     Py_ssize_t frame_cost, turn;
     unsigned int max_payload;
-    if (!PyArg_ParseTuple(args, "O!ii(KKLn)(KKKI)ni", &PoolType, &pool, &fd, &epoll, &end, &acknowledged, &room,
-                          &frame_cost, &rx_next, &rx_acknowledged, &ack_bytes, &max_payload, &turn, &places))
+    if (!PyArg_ParseTuple(args, "O!ii(KKLKnO!)(KKKI)ni", &PoolType, &pool, &fd, &epoll, &end, &acknowledged,
+                          &room, &most_held, &frame_cost, &PyList_Type, &ends, &rx_next, &rx_acknowledged, &ack_bytes, &max_payload, &turn, &places))
         return NULL;
     if (check_minimum((Pool *)pool, READ_ROOM))
         return NULL;
@@ -683,6 +700,7 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     lease->end = lease->settled_end = end;
     lease->acknowledged = acknowledged;
     lease->room = room;
+    lease->most_held = most_held;
     lease->frame_cost = frame_cost;
     lease->turn = turn;
     lease->rx_next = rx_next;
@@ -692,9 +710,16 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     lease->places = places < 0 ? 0 : places > MOST_STREAMS ? MOST_STREAMS : places;
     lease->sent = PyMem_Malloc(MOST_SENT * sizeof(Sent));
     lease->streams = PyMem_Malloc((lease->places + 1) * sizeof(Stream));
-    if (!lease->sent || !lease->streams) {
+    lease->ends = PyMem_Malloc((PyList_GET_SIZE(ends) + 1) * sizeof(uint64_t));
+    if (!lease->sent || !lease->streams || !lease->ends) {
         Py_DECREF(lease);
         return PyErr_NoMemory();
+    }
+    for (; lease->end_count < PyList_GET_SIZE(ends); lease->end_count++)
+        lease->ends[lease->end_count] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(ends, lease->end_count));
+    if (PyErr_Occurred()) {
+        Py_DECREF(lease);
+        return NULL;
     }
     return (PyObject *)lease;
 }
@@ -762,8 +787,10 @@ static PyObject *lease_owe(Lease *lease, PyObject *buffers)
 static PyObject *lease_feed(Lease *lease, PyObject *buffers)
 {
     PyObject *list = PySequence_Fast(buffers, "feed() takes a sequence");
-    if (!list)
+    if (!list) {
+        lease->read_end = EIO;
         return NULL;
+    }
     int failed = 0;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list) && !failed; i++) {
         PyObject *view = PyMemoryView_FromObject(PySequence_Fast_GET_ITEM(list, i));
@@ -781,8 +808,11 @@ static PyObject *lease_feed(Lease *lease, PyObject *buffers)
     }
     Py_DECREF(list);
     deliver_all(lease);
-    if (failed)
+    if (failed) {
+        lease->over = 1;
+        lease->read_end = EIO; /* as in from_link() */
         return NULL;
+    }
     return PyBool_FromLong(!lease->over);
 }
 
@@ -888,7 +918,8 @@ static int carry(PyObject *leases, const struct epoll_event *event)
         if (lease->over)
             continue;
         if (event->data.fd == lease->fd) {
-            if (event->events & ~(EPOLLIN | EPOLLOUT))
+            /* Python may have asked whether it takes something, too. */
+            if (event->events & ~(lease->blocked ? EPOLLIN | EPOLLOUT : EPOLLIN))
                 return 0;
             if (event->events & EPOLLOUT)
                 link_takes(lease);
@@ -952,14 +983,14 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
         return NULL;
     double until = seconds() + (timeout >= 0 && timeout < longest ? timeout : longest);
     int failed = 0;
-    while (!failed && !PyList_GET_SIZE(others) && !any_over(leases)) {
+    for (int looks = 0; !failed && !PyList_GET_SIZE(others) && !any_over(leases); looks = 1) {
         struct epoll_event events[MOST_EVENTS];
         double left = until - seconds();
-        if (left < 0)
-            break;
+        if (left < 0 && looks)
+            break; /* not before there was one look: with no time at all there may be events */
         int count;
         Py_BEGIN_ALLOW_THREADS
-        count = epoll_wait(epoll, events, MOST_EVENTS, (int)ceil(left * 1000));
+        count = epoll_wait(epoll, events, MOST_EVENTS, left > 0 ? (int)ceil(left * 1000) : 0);
         Py_END_ALLOW_THREADS
         if (count < 0) {
             if (errno != EINTR)

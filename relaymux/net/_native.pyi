@@ -82,7 +82,7 @@ class Lease:
         pool: BufferPool,
         link: int,
         epoll: int,
-        sent: tuple[int, int, int, int],
+        sent: tuple[int, int, int, int, int, list[int]],
         received: tuple[int, int, int, int],
         turn: int,
         streams: int,
@@ -90,8 +90,9 @@ class Lease:
         """
         @param link: the descriptor of the link's socket.
         @param epoll: what waits for it, and for the streams' sockets.
-        @param sent: sequenced bytes sent; how many were acknowledged; room in the replay buffer, and
-            what a frame takes of that beside its bytes.
+        @param sent: sequenced bytes sent; how many were acknowledged; room in the replay buffer; bytes
+            in it from which on nothing is sent; what a frame takes of the room beside its bytes; where
+            the frames end that are in it, oldest first.
         @param received: sequenced bytes received; of how many the peer knows; how many new ones are
             worth an ACK; the longest DATA payload.
         @param turn: bytes to read of a socket at once, and to send in a frame, at most.

@@ -258,7 +258,8 @@ class Bridge:
         """See L{Carrier.carried}."""
         self.sent += sent
         self.received += received
-        self.local.transport.passed(sent + received)
+        if sent or received:  # nothing at all is no talk
+            self.local.transport.passed(sent + received)
 
     # From the local end.
 

@@ -15,7 +15,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from twisted.logger import Logger
+
+from relaymux.core.events import Event
+from relaymux.core.link import Link
 from relaymux.core.replay import FRAME_COST
+from relaymux.core.session import Session
+from relaymux.errors import ErrorCode
 from relaymux.net.buffers import pool_for
 from relaymux.net.compiled import native
 from relaymux.net.link import LinkProtocol
@@ -24,7 +30,9 @@ from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import SessionStreams
 from relaymux.net.turns import LONG_TURN, turns_for
 
-__all__ = ["FastPath"]
+__all__ = ["FastPath", "lease_of"]
+
+_log: Final = Logger("relaymux.link")
 
 #: Seconds for which a lease lasts at most.  What is decided between two of them (the sizes of
 #: windows, who may be read) can wait so long, and a lease and its end cost some 20 microseconds.
@@ -55,6 +63,28 @@ class _Way:
         self.link = link
         self.socket = socket
         self.streams = streams
+        # What it came to.
+        self.events: list[Event] = []
+        self.read_ends: list[tuple[SocketTransport, int]] = []
+        self.left: list[memoryview] = []
+        self.read_end = 0
+        self.carried = 0
+        self.failed = False
+
+
+def lease_of(link: Link, session: Session, pool: Any, descriptor: int, epoll: int, places: int) -> Any:
+    """@return: a lease of C{link}, without its streams as yet; C{places} of them."""
+    replay = session.replay
+    assert native is not None
+    return native.Lease(
+        pool,
+        descriptor,
+        epoll,
+        (replay.end, replay.acknowledged, replay.slack, replay.most_held, FRAME_COST, replay.ends),
+        (session.rx_next, session.rx_acknowledged, session.ack_bytes, link.max_payload),
+        min(LONG_TURN, session.longest_payload),
+        places,
+    )
 
 
 class FastPath:
@@ -97,31 +127,41 @@ class FastPath:
         if self._skip or self.turns.somebody_talks(now):
             self._skip = max(0, self._skip - 1)
             return None
-        ways = [way for way in (self._lease(link, epoll) for link in self._links) if way is not None]
-        if not ways:
+        ways: list[_Way] = []
+        refused: list[_Way] = []
+        happened: list[tuple[int, int]] | None = None
+        try:
+            # Settled is none before all are: what comes of that may concern the others.
+            for link in self._links:
+                way = self._lease(link, epoll)
+                if way is None:
+                    continue
+                refused.append(way)  # also if what follows fails, as the link has forgotten a part of a frame
+                if way.lease.feed(link.link.suspend()):
+                    ways.append(refused.pop())
+            if ways:
+                assert native is not None
+                happened = native.wait(epoll, timeout, LEASE_SECONDS, [way.lease for way in ways])
+        finally:
+            carried = self._settle(ways + refused)
+            self.carried += carried
+            self._judge(bool(ways), carried)
+        return happened
+
+    def _judge(self, leased: bool, carried: int) -> None:
+        """Decide when the next lease is tried, after one or none that has C{carried} bytes."""
+        if not leased:
             # What is in its way may be gone with the next event.
             self._tries += 1
             self.turns.bulk = self._tries % MOST_TRIES > 0
-            return None
+            return
         self._tries = 0
-        assert native is not None
-        carried = 0
-        try:
-            happened: list[tuple[int, int]] = native.wait(
-                epoll, timeout, LEASE_SECONDS, [way.lease for way in ways]
-            )
-            return happened
-        finally:
-            now = self._reactor.seconds()
-            for way in ways:
-                carried += self._settle(way, now)
-            self.carried += carried
-            self.turns.bulk = carried > 0
-            self._pause = 0 if carried >= WORTHWHILE else min(LONGEST_PAUSE, 2 * self._pause + 1)
-            self._skip = self._pause
+        self.turns.bulk = carried > 0
+        self._pause = 0 if carried >= WORTHWHILE else min(LONGEST_PAUSE, 2 * self._pause + 1)
+        self._skip = self._pause
 
     def _lease(self, link: LinkProtocol, epoll: int) -> _Way | None:
-        """@return: a lease of C{link}, if there is something to carry."""
+        """@return: a lease of C{link}, which is not fed yet, if there is something to carry."""
         socket, streams = link.lend(), self._links[link]
         session = link.link.session
         if socket is None or session is None or session is not streams.session:
@@ -129,26 +169,14 @@ class FastPath:
         found = streams.carried()
         if not found:
             return None
-        replay = session.replay
-        assert native is not None
-        lease = native.Lease(
-            pool_for(self._reactor),
-            socket.fileno(),
-            epoll,
-            (replay.end, replay.acknowledged, replay.room, FRAME_COST),
-            (session.rx_next, session.rx_acknowledged, session.ack_bytes, link.link.max_payload),
-            min(LONG_TURN, session.longest_payload),
-            len(found),
-        )
+        lease = lease_of(link.link, session, pool_for(self._reactor), socket.fileno(), epoll, len(found))
         members = {}
         for transport, local in found:
             stream = session.streams.get(transport.stream_id)
             if stream is None:
                 continue
-            reads, writes = (
-                transport.takes_directly and local.is_read,
-                transport.gives_directly and local.takes_more,
-            )
+            reads = transport.takes_directly and local.is_read
+            writes = transport.gives_directly and local.takes_more
             if not (reads or writes):
                 continue
             send, window = stream.send, stream.receive.window
@@ -169,18 +197,37 @@ class FastPath:
         if not lease.owe(owed):
             socket.take_over(owed, 0)
             return None
-        way = _Way(lease, link, socket, members)
-        if not lease.feed(link.link.suspend()):
-            self._settle(way, self._reactor.seconds())
-            return None
-        return way
+        return _Way(lease, link, socket, members)
 
-    def _settle(self, way: _Way, now: float) -> int:
+    def _settle(self, ways: list[_Way]) -> int:
         """
-        Let everybody know what was carried.
+        Let everybody know what was carried: first what each of them is to know of itself, and
+        then, as that may have any consequences, what is to be said to others.
 
         @return: bytes that were.
         """
+        now = self._reactor.seconds()
+        for way in ways:
+            try:
+                self._take(way, now)
+            except Exception:
+                # Nobody knows any more what was said and heard: there is no memory.
+                _log.failure("connection {number}: cannot go on behind the fast path", number=way.link.number)
+                way.failed = True
+        for way in ways:
+            if way.failed:
+                way.link.abort()
+                way.link.end(way.link.link.goodbye(ErrorCode.INTERNAL_ERROR, "out of memory"))
+                continue
+            for local, read_end in way.read_ends:
+                local.take_back((), read_end)
+            way.socket.go_on()
+            way.link.carried(way.events)
+            way.socket.take_back(way.left, way.read_end)
+        return sum(way.carried for way in ways)
+
+    def _take(self, way: _Way, now: float) -> None:
+        """Nothing that is called here calls anybody else."""
         end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried = (
             way.lease.settle()
         )
@@ -189,7 +236,7 @@ class FastPath:
         assert session is not None
         for stream_id, out, limit, delivered, received, consumed, granted, _, _, _ in streams:
             session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, now)
-        events = link.link.carried(sent, end, acknowledged, rx_next, told, now)
+        way.events = link.link.carried(sent, end, acknowledged, rx_next, told, now)
         # Before anybody can have something to say: what is left of a frame comes first.
         way.socket.take_over(unsent, write_end)
         for stream_id, out, _, _, _, consumed, _, untaken, read, write in streams:
@@ -197,7 +244,6 @@ class FastPath:
             assert stream.carrier is not None
             stream.carrier.carried(out, consumed)
             local.take_over(untaken, write)
-            local.take_back((), read)
-        link.carried(events)
-        way.socket.take_back(left, read_end)
-        return int(carried)
+            if read:
+                way.read_ends.append((local, read))
+        way.left, way.read_end, way.carried = left, read_end, int(carried)

@@ -166,10 +166,14 @@ class SendingSocket(Consumer):
         self.queuedBytes += sum(map(len, buffers))
         if error:
             self._sending_failed(OSError(error, os.strerror(error)))
-        elif buffers:
-            self.startWriting()
+        if self._queue and buffers:  # also if there is only no memory now
+            if not error:
+                self.startWriting()
             self._hold_producer()
-        elif self.producerPaused and not self._queue and self.producer is not None:
+
+    def go_on(self) -> None:
+        """Behind L{take_over}: resume the producer, if it was paused for what the kernel has taken since."""
+        if self.producerPaused and not self._queue and self.producer is not None and self._output_open:
             self.producerPaused = False
             self.producer.resumeProducing()
 
