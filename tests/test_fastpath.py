@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -12,7 +13,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 from unittest import SkipTest
 
@@ -166,7 +166,7 @@ class LeaseTests(SynchronousTestCase):
 
     def test_others_wait_for_the_socket(self) -> None:
         """Python may wait until the socket takes what it has queued: it is told, whatever happened here."""
-        with suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):
             while True:
                 self.local.send(bytes(65536))
         self.epoll.modify(self.local, select.EPOLLIN | select.EPOLLOUT)
@@ -174,7 +174,7 @@ class LeaseTests(SynchronousTestCase):
         lease = self.lease(1000, writes=False, queued=True)
         self.assertEqual(self.wait(lease), [])
         self.local.recv(9000)
-        with suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):
             while True:
                 self.program.recv(1 << 20)
         self.assertEqual(self.epoll.poll(1), [(self.local.fileno(), select.EPOLLOUT)])
@@ -204,8 +204,8 @@ class LeaseTests(SynchronousTestCase):
         for _ in range(20):
             self.peer.send(data_header(3, 2000) + content(2000))
             self.wait(lease, 0.001)
-            self.program.recv(4000)
-            with suppress(BlockingIOError):
+            with contextlib.suppress(BlockingIOError):
+                self.program.recv(4000)
                 said += len(self.peer.recv(4000))
         self.assertEqual(said, 4 * 28)
         self.assertEqual(lease.settle()[0], 4 * 28)
@@ -222,7 +222,7 @@ class LeaseTests(SynchronousTestCase):
 
     def test_what_is_owed_and_not_taken(self) -> None:
         """What the link does not take is given back."""
-        with suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):
             while True:
                 self.link.send(bytes(65536))
         lease = self.lease(1000)
