@@ -199,16 +199,14 @@ class LeaseTests(SynchronousTestCase):
 
     def test_peer_acknowledges_nothing(self) -> None:
         """With a full replay buffer, and what is allowed beyond that, no more CREDIT is said."""
-        lease = self.lease(1000, most_held=100)
-        said = 0
-        for _ in range(20):
+        for held, said in ((99, [(Kind.CREDIT, 3, CREDIT.pack(2000 + 4096, 2000))]), (100, [])):
             self.peer.send(data_header(3, 2000) + content(2000))
-            self.wait(lease, 0.001)
+            lease = self.lease(1000, before=(held,), most_held=100)
+            self.wait(lease)
+            self.assertEqual(self.program.recv(4000), content(2000))
             with contextlib.suppress(BlockingIOError):
-                self.program.recv(4000)
-                said += len(self.peer.recv(4000))
-        self.assertEqual(said, 4 * 28)
-        self.assertEqual(lease.settle()[0], 4 * 28)
+                self.assertEqual(parse(self.peer.recv(4000)), said)
+            self.assertEqual(lease.settle()[0], held + 28 * len(said))
 
     def test_what_is_owed(self) -> None:
         """What Python could not send leaves first, whole, before anything else."""

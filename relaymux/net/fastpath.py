@@ -46,7 +46,7 @@ LONGEST_PAUSE: Final = 64
 
 
 #: Times that a lease is tried before more bulk was seen.
-MOST_TRIES: Final = 4
+MOST_TRIES: Final = 64
 
 
 class _Way:
