@@ -42,7 +42,6 @@ COMPILED = (
     "relaymux.net.addresses",
     "relaymux.net.bridge",
     "relaymux.net.connections",
-    "relaymux.net.deadlines",
     "relaymux.net.descriptor",
     "relaymux.net.ending",
     "relaymux.net.endings",

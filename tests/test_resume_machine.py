@@ -543,7 +543,7 @@ class Daemons(RuleBasedStateMachine):
         self.hosts.run(GONE)
         calls: Any = self.hosts.clock.getDelayedCalls()
         # Only openings that nobody could answer may still be waited for.
-        assert not [call for call in calls if call.func.__name__ != "_look"], calls
+        assert not [call for call in calls if call.func.__name__ != "_too_late"], calls
 
     def end(self, model: Model) -> None:
         """Have both sides of a stream listen, and finish."""

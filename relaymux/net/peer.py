@@ -7,15 +7,9 @@ from __future__ import annotations
 from typing import Final
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IReactorTime
-from twisted.python.failure import Failure
 
-from relaymux.core.budget import Budget
-from relaymux.core.handshake import Limits
 from relaymux.errors import ErrorCode, LocalError, StreamReset
-from relaymux.net.deadlines import Deadlines
 from relaymux.net.keeper import Identity, LinkListener, SessionKeeper
-from relaymux.net.link import LinkProtocol
 from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import OpenRequest, Service
 
@@ -31,20 +25,6 @@ class Peer(SessionKeeper):
     whoever asks, waiting for a link if there is none, and handed to the service
     that they name; in the end everything is delivered and the session closed.
     """
-
-    def __init__(
-        self,
-        reactor: IReactorTime,
-        name: str,
-        identity: Identity,
-        limits: Limits,
-        *,
-        dialing: bool,
-        budget: Budget | None = None,
-    ) -> None:
-        """See L{SessionKeeper}."""
-        super().__init__(reactor, name, identity, limits, dialing=dialing, budget=budget)
-        self._deadlines = Deadlines(reactor, self._too_late, lambda: self.is_up)
 
     # Streams
 
@@ -80,19 +60,13 @@ class Peer(SessionKeeper):
             request.fail(LocalError("this daemon is shutting down"))
             return
         request.forget = self._waiting.remove
-        request.deadlines = self._deadlines
-        self._deadlines.add(request, seconds)
+        request.timer = self._reactor.callLater(seconds, self._too_late, request, seconds)
         if self._held is not None and self._link is not None:
             self._held.streams.open(request)
             self.flush_soon()
         else:
             # Not opened before it can be said: the peer hears nothing of one that is given up meanwhile.
             self._waiting.add(request)
-
-    def link_lost(self, link: LinkProtocol, reason: Failure) -> None:
-        """See L{LinkOwner.link_lost}."""
-        super().link_lost(link, reason)
-        self._deadlines.rest()
 
     def _too_late(self, request: OpenRequest, seconds: float) -> None:
         if request.stream is None:

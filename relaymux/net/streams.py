@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 from typing import Protocol as Contract
 
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -26,7 +27,6 @@ from relaymux.core.events import (
 from relaymux.core.session import Session
 from relaymux.errors import ErrorCode, RelaymuxError, SessionLost
 from relaymux.errors import StreamReset as StreamResetError
-from relaymux.net.deadlines import Deadlines
 from relaymux.net.quietlog import QuietLog
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.stream import StreamTransport
@@ -51,7 +51,6 @@ class OpenRequest:
     An exception of whoever asked is logged and resets the stream; it harms no other.
 
     @ivar forget: called if the request is cancelled while it waits for a link.
-    @ivar deadlines: where it is waited for; L{None} if nobody does.
     @ivar stream: the one that was opened for it, which the peer has not answered yet.
     """
 
@@ -70,14 +69,14 @@ class OpenRequest:
         self.service = service
         self.forget: Callable[[OpenRequest], None] = lambda _: None
         self.stream: StreamTransport | None = None
-        self.deadlines: Deadlines | None = None
+        self.timer: IDelayedCall | None = None
         self._opened = opened
         self._failed = failed
         self._answered = False
 
     def succeed(self, stream: StreamTransport) -> None:
         """The stream is usable."""
-        self._stop_waiting()
+        self._stop_timer()
         if not self._answered:
             self._answered = True
             try:
@@ -88,7 +87,7 @@ class OpenRequest:
 
     def fail(self, error: RelaymuxError) -> None:
         """It will not come; a stream that was opened for it is aborted."""
-        self._stop_waiting()
+        self._stop_timer()
         if not self._answered:
             self._answered = True
             try:
@@ -100,16 +99,16 @@ class OpenRequest:
         """It is not wanted any more; nothing happens once it was answered."""
         if self._answered:
             return
-        self._stop_waiting()
+        self._stop_timer()
         if self.stream is not None:
             self.stream.abort(ErrorCode.ABORTED)
         else:
             self.forget(self)
         self._answered = True  # nor by a session that is over, and is telling one after the other
 
-    def _stop_waiting(self) -> None:
-        if self.deadlines is not None:
-            self.deadlines.discard(self)
+    def _stop_timer(self) -> None:
+        if self.timer is not None and self.timer.active():
+            self.timer.cancel()
 
 
 class SessionStreams:
