@@ -107,7 +107,7 @@ class FastPath:
 
     def add(self, link: LinkProtocol, streams: SessionStreams) -> None:
         """C{link} carries a session, with C{streams}."""
-        if native is not None:
+        if native is not None and link.is_plain:
             self._links[link] = streams
 
     def remove(self, link: LinkProtocol) -> None:

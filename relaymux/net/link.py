@@ -234,6 +234,11 @@ class LinkProtocol:
         self._soon = False
         self.flush()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether what it sends is what its socket does."""
+        return self._socket is not None
+
     def lend(self) -> SocketTransport | None:
         """@return: its socket, if the fast path may read and write it now."""
         socket = self._socket
