@@ -69,8 +69,8 @@ COMPILED = (
 
 #: The extension that is written in C, and what of.
 NATIVE = "relaymux.net._native"
-NATIVE_SOURCES = ("_native.c", "_fastpath.c", "_records.c")
-NATIVE_HEADER = "relaymux/net/_native.h"
+NATIVE_SOURCES = ("_native.c", "_fastpath.c", "_fastpath_carry.c", "_fastpath_pieces.c", "_records.c")
+NATIVE_HEADERS = ("_native.h", "_fastpath.h")
 
 #: Has mypyc in it.  pyproject.toml does not ask for it, since RELAYMUX_COMPILE=0 has to do without.
 MYPY = "mypy>=2.4"
@@ -160,7 +160,7 @@ def _extensions() -> list[Extension]:
     native = Extension(
         NATIVE,
         [f"relaymux/net/{name}" for name in NATIVE_SOURCES],
-        depends=[NATIVE_HEADER],
+        depends=[f"relaymux/net/{name}" for name in NATIVE_HEADERS],
         extra_compile_args=["-O2", "-fvisibility=hidden", *_WARNINGS],
     )
     # The quicker one to fail first.

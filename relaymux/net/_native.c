@@ -355,8 +355,8 @@ PyMODINIT_FUNC PyInit__native(void)
     if (PyType_Ready(&LentType) || PyType_Ready(&PoolType))
         return NULL;
     PyObject *module = PyModule_Create(&definition);
-    if (module && (PyModule_AddObjectRef(module, "BufferPool", (PyObject *)&PoolType) || add_records(module) ||
-                   add_fastpath(module)))
+    if (module && (PyModule_AddObjectRef(module, "BufferPool", (PyObject *)&PoolType) ||
+                   add_records(module) || add_fastpath(module)))
         Py_CLEAR(module);
     return module;
 }

@@ -1,0 +1,117 @@
+/* What the parts of the fast path share; _fastpath.c says what it is. */
+
+#ifndef RELAYMUX_FASTPATH_H
+#define RELAYMUX_FASTPATH_H
+
+#include "_native.h"
+
+#include <stdint.h>
+
+/* Frames (docs/protocol.md, 3). */
+#define HEADER 12
+#define OFFSET 8
+#define ACK_FRAME (HEADER + OFFSET)
+#define CREDIT_FRAME (HEADER + 2 * OFFSET)
+
+/* Free space wanted for a read, as in relaymux/net/receiving.py. */
+#define READ_ROOM (64 * 1024)
+
+/* Pieces of pooled memory that a frame may be in; with more of them it is Python's. */
+#define MOST_PIECES 12
+
+/* Frames that are not acknowledged, and streams.  With more of them it is Python's turn. */
+#define MOST_SENT 64
+#define MOST_STREAMS 64
+
+/* Bytes in memory that `owner` keeps. */
+typedef struct {
+    PyObject *owner; /* a Lent, or a memoryview; NULL for memory of the lease's own */
+    char *memory;
+    Py_ssize_t length;
+} Piece;
+
+typedef struct {
+    Piece piece[MOST_PIECES];
+    int count;
+    Py_ssize_t length;
+} Pieces;
+
+/* A sequenced frame that was sent and not acknowledged. */
+typedef struct {
+    uint64_t end; /* in the numbering of sequenced bytes */
+    int head_length;
+    unsigned char head[CREDIT_FRAME];
+    Pieces payload;
+} Sent;
+
+typedef struct {
+    uint32_t id;
+    int fd;
+    int reads, writes; /* whether its socket is read, and written, here */
+    uint32_t others;   /* what else Python's reactor waits for there */
+    int held;          /* not watched, as there is no credit */
+    /* What its socket gave: docs/protocol.md, 4.3 and 5. */
+    uint64_t sent, limit, delivered, sent_before;
+    /* What its socket took, and the credit for it. */
+    uint64_t received, consumed, granted, size, received_before, consumed_before;
+    int credit_due;
+    /* How its socket has ended for reading (-1 or an error), and for writing (an error). */
+    int read_end, write_end;
+    Pieces untaken; /* payload that its socket is to take, or does not */
+} Stream;
+
+typedef struct {
+    PyObject_HEAD
+    Pool *pool;
+    int fd, epoll;
+    int over;    /* it is Python's turn */
+    int settled; /* Python has taken it back */
+    /* What is sent. */
+    uint64_t end, acknowledged, settled_end;
+    int64_t room; /* of the replay buffer; negative with control frames beyond it */
+    uint64_t most_held; /* bytes in it with which control frames have to wait, too */
+    uint64_t *ends; /* of the frames that were sent before, oldest first */
+    Py_ssize_t first_end, end_count; /* those that are not acknowledged */
+    Py_ssize_t frame_cost, turn;
+    Sent *sent; /* a ring of MOST_SENT */
+    int first, sent_count;
+    int blocked; /* the link takes nothing more; `unsent` is what is left of a write */
+    Pieces unsent;
+    unsigned char ack[ACK_FRAME]; /* what `unsent` may have of an ACK; and of CREDITs: */
+    unsigned char credits[CREDIT_FRAME * MOST_STREAMS + ACK_FRAME];
+    int write_end;
+    /* What is received. */
+    uint64_t rx_next, rx_acknowledged, ack_bytes;
+    uint32_t max_payload;
+    unsigned char header[HEADER];
+    int header_length, kind;
+    Stream *stream; /* of the DATA or CREDIT frame that is arriving */
+    Py_ssize_t missing;
+    Pieces payload;
+    PyObject *left; /* a list: what is not understood, and all behind it */
+    int read_end;
+    uint64_t carried;
+    int stream_count, places;
+    Stream *streams;
+} Lease;
+
+/* _fastpath_pieces.c */
+void drop(Pieces *pieces);
+int append(Pieces *pieces, PyObject *owner, char *memory, Py_ssize_t length);
+PyObject *as_buffer(const Piece *piece);
+int append_buffers(PyObject *list, const Pieces *pieces);
+PyObject *as_list(const Pieces *pieces);
+int gather(Pool *pool, int fd, Py_ssize_t limit, Pieces *pieces, int most, int *ended);
+Py_ssize_t put(int fd, Pieces *pieces, int *error);
+
+/* _fastpath_carry.c */
+void watch(const Lease *lease, int fd, uint32_t events);
+void release(Lease *lease, Stream *stream);
+int from_local(Lease *lease, Stream *stream);
+int from_link(Lease *lease);
+void link_takes(Lease *lease);
+int take_in(Lease *lease, const Piece *piece);
+int give_up_frame(Lease *lease);
+void deliver_all(Lease *lease);
+
+#endif

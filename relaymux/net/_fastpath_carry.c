@@ -1,0 +1,411 @@
+/* What is carried: frames to the link, and from there, as docs/protocol.md has them. */
+
+#include "_fastpath.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+#define MAX_OFFSET INT64_MAX
+
+/* Kinds of frames (docs/protocol.md, 3). */
+enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
+
+void watch(const Lease *lease, int fd, uint32_t events)
+{
+    struct epoll_event event = {.events = events, .data.fd = fd};
+    epoll_ctl(lease->epoll, EPOLL_CTL_MOD, fd, &event);
+}
+
+
+static uint64_t get64(const unsigned char *at)
+{
+    uint64_t value;
+    memcpy(&value, at, sizeof value);
+    return be64toh(value);
+}
+
+static uint32_t get32(const unsigned char *at)
+{
+    uint32_t value;
+    memcpy(&value, at, sizeof value);
+    return be32toh(value);
+}
+
+static void put64(unsigned char *at, uint64_t value)
+{
+    value = htobe64(value);
+    memcpy(at, &value, sizeof value);
+}
+
+static void put_header(unsigned char *at, int kind, uint32_t id, uint32_t length)
+{
+    memset(at, 0, HEADER);
+    at[0] = kind;
+    id = htobe32(id);
+    memcpy(at + 4, &id, sizeof id);
+    length = htobe32(length);
+    memcpy(at + 8, &length, sizeof length);
+}
+
+/* A place for one more frame, kept until it is acknowledged; the caller has looked whether there is one. */
+static Sent *keep(Lease *lease, Py_ssize_t length)
+{
+    Sent *sent = &lease->sent[(lease->first + lease->sent_count++) % MOST_SENT];
+    lease->end += length;
+    lease->room -= length + lease->frame_cost;
+    sent->end = lease->end;
+    sent->payload.count = 0;
+    sent->payload.length = 0;
+    return sent;
+}
+
+/* Forget frames up to `offset`, which is the end of one of them.  -1: it is not. */
+static int acknowledge(Lease *lease, uint64_t offset)
+{
+    if (offset == lease->acknowledged)
+        return 0;
+    if (offset < lease->acknowledged || offset > lease->end)
+        return -1;
+    Py_ssize_t before = lease->first_end;
+    while (before < lease->end_count && lease->ends[before] < offset)
+        before++;
+    if (offset <= lease->settled_end) {
+        if (before == lease->end_count || lease->ends[before] != offset)
+            return -1;
+        before++;
+    } else {
+        int last = 0;
+        while (last < lease->sent_count && lease->sent[(lease->first + last) % MOST_SENT].end < offset)
+            last++;
+        if (lease->sent[(lease->first + last) % MOST_SENT].end != offset)
+            return -1;
+        for (; last >= 0; last--) {
+            drop(&lease->sent[lease->first].payload);
+            lease->first = (lease->first + 1) % MOST_SENT;
+            lease->sent_count--;
+            lease->room += lease->frame_cost;
+        }
+    }
+    lease->room += (before - lease->first_end) * lease->frame_cost;
+    lease->first_end = before;
+    lease->room += offset - lease->acknowledged;
+    lease->acknowledged = offset;
+    return 0;
+}
+
+/* Write what is in `unsent`; what the link does not take waits until it does. */
+static void push(Lease *lease)
+{
+    put(lease->fd, &lease->unsent, &lease->write_end);
+    if (lease->write_end) {
+        lease->over = 1;
+    } else if (lease->unsent.count && !lease->blocked) {
+        lease->blocked = 1;
+        watch(lease, lease->fd, EPOLLIN | EPOLLOUT);
+    } else if (!lease->unsent.count && lease->blocked) {
+        lease->blocked = 0;
+        watch(lease, lease->fd, EPOLLIN);
+    }
+}
+
+/* An ACK, at `at`.  Returns its length. */
+static int put_ack(Lease *lease, unsigned char *at)
+{
+    put_header(at, ACK, 0, OFFSET);
+    put64(at + HEADER, lease->rx_next);
+    lease->rx_acknowledged = lease->rx_next;
+    return ACK_FRAME;
+}
+
+/* Say what is due: CREDIT, and ACK, which rides along where that is worthwhile.  See Link.data_to_send. */
+static void answer(Lease *lease)
+{
+    if (lease->blocked)
+        return;
+    unsigned char *at = lease->credits;
+    int due = 0;
+    for (int i = 0; i < lease->stream_count; i++)
+        due += lease->streams[i].credit_due;
+    uint64_t new_bytes = lease->rx_next - lease->rx_acknowledged;
+    if (new_bytes >= (due ? lease->ack_bytes / 4 : lease->ack_bytes))
+        at += put_ack(lease, at);
+    for (int i = 0; due && i < lease->stream_count; i++) {
+        Stream *stream = &lease->streams[i];
+        if (!stream->credit_due)
+            continue;
+        if (lease->sent_count == MOST_SENT || lease->end - lease->acknowledged >= lease->most_held) {
+            lease->over = 1; /* the rest is said by Python */
+            break;
+        }
+        Sent *sent = keep(lease, CREDIT_FRAME);
+        stream->credit_due = 0;
+        stream->granted = stream->consumed + stream->size;
+        sent->head_length = CREDIT_FRAME;
+        put_header(sent->head, CREDIT, stream->id, 2 * OFFSET);
+        put64(sent->head + HEADER, stream->granted);
+        put64(sent->head + HEADER + OFFSET, stream->consumed);
+        memcpy(at, sent->head, CREDIT_FRAME);
+        at += CREDIT_FRAME;
+    }
+    if (at > lease->credits) {
+        append(&lease->unsent, NULL, (char *)lease->credits, at - lease->credits);
+        push(lease);
+    }
+}
+
+/* Do not look at a socket for which there is no credit. */
+static void hold(Lease *lease, Stream *stream)
+{
+    stream->held = 1;
+    watch(lease, stream->fd, stream->others);
+}
+
+void release(Lease *lease, Stream *stream)
+{
+    stream->held = 0;
+    watch(lease, stream->fd, EPOLLIN | stream->others);
+}
+
+/* A local socket has something.  -1 with an exception. */
+int from_local(Lease *lease, Stream *stream)
+{
+    if (lease->blocked || stream->sent == stream->limit) {
+        hold(lease, stream);
+        return 0;
+    }
+    int64_t most = lease->turn;
+    if (lease->room - HEADER - lease->frame_cost < most)
+        most = lease->room - HEADER - lease->frame_cost;
+    if (most <= 0 || lease->sent_count == MOST_SENT) {
+        lease->over = 1;
+        return 0;
+    }
+    if ((uint64_t)most > stream->limit - stream->sent)
+        most = stream->limit - stream->sent;
+    Pieces pieces = {.count = 0};
+    /* An ACK and a header go in front. */
+    int failed = gather(lease->pool, stream->fd, most, &pieces, MOST_PIECES - 2, &stream->read_end);
+    if (failed || stream->read_end)
+        lease->over = 1;
+    if (pieces.count) {
+        Sent *sent = keep(lease, HEADER + pieces.length);
+        sent->head_length = HEADER;
+        put_header(sent->head, DATA, stream->id, pieces.length);
+        sent->payload = pieces;
+        stream->sent += pieces.length;
+        lease->carried += pieces.length;
+        if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / 4)
+            append(&lease->unsent, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
+        append(&lease->unsent, NULL, (char *)sent->head, HEADER);
+        for (int i = 0; i < pieces.count; i++)
+            append(&lease->unsent, pieces.piece[i].owner, pieces.piece[i].memory, pieces.piece[i].length);
+        push(lease);
+    }
+    return failed;
+}
+
+static Stream *stream_of(Lease *lease, uint32_t id)
+{
+    for (int i = 0; i < lease->stream_count; i++)
+        if (lease->streams[i].id == id)
+            return &lease->streams[i];
+    return NULL;
+}
+
+/* Whether the frame whose header has arrived is one of those that are for us. */
+static int begin_frame(Lease *lease)
+{
+    const unsigned char *header = lease->header;
+    uint32_t id = get32(header + 4), length = get32(header + 8);
+    if (header[1] || header[2] || header[3])
+        return 0;
+    lease->kind = header[0];
+    lease->missing = length;
+    if (lease->kind == ACK)
+        return !id && length == OFFSET;
+    Stream *stream = lease->stream = stream_of(lease, id);
+    if (!stream)
+        return 0;
+    if (lease->kind == CREDIT)
+        return stream->reads && length == 2 * OFFSET;
+    return lease->kind == DATA && stream->writes && length && length <= lease->max_payload &&
+           length <= stream->granted - stream->received;
+}
+
+/* The payload of an ACK or CREDIT, which may be in pieces. */
+static void copy_payload(const Lease *lease, unsigned char *to)
+{
+    for (int i = 0; i < lease->payload.count; i++) {
+        memcpy(to, lease->payload.piece[i].memory, lease->payload.piece[i].length);
+        to += lease->payload.piece[i].length;
+    }
+}
+
+static int take_credit(Lease *lease, const unsigned char *payload)
+{
+    Stream *stream = lease->stream;
+    uint64_t limit = get64(payload), delivered = get64(payload + OFFSET);
+    if (limit < stream->limit || limit > MAX_OFFSET || delivered < stream->delivered ||
+        delivered > stream->sent)
+        return -1;
+    stream->limit = limit;
+    stream->delivered = delivered;
+    return 0;
+}
+
+/* Have the stream's socket take what has arrived for it. */
+static void deliver(Lease *lease, Stream *stream)
+{
+    if (!stream->untaken.count)
+        return;
+    stream->consumed += put(stream->fd, &stream->untaken, &stream->write_end);
+    if (stream->untaken.count) {
+        stream->writes = 0;
+        lease->over = 1;
+    }
+    /* As ReceiveWindow.consume has it. */
+    stream->credit_due = stream->consumed + stream->size >= stream->granted + stream->size / 4;
+}
+
+/*
+ * Payload for a stream, which its socket takes at the end of the turn: each call wakes who reads there.
+ * -1: it takes nothing more.
+ */
+static int take_data(Lease *lease, Stream *stream)
+{
+    if (stream->untaken.count + lease->payload.count > MOST_PIECES) {
+        deliver(lease, stream);
+        if (stream->untaken.count)
+            return -1;
+    }
+    stream->received += lease->payload.length;
+    lease->rx_next += HEADER + lease->payload.length;
+    lease->carried += lease->payload.length;
+    for (int i = 0; i < lease->payload.count; i++) {
+        const Piece *piece = &lease->payload.piece[i];
+        append(&stream->untaken, piece->owner, piece->memory, piece->length);
+    }
+    drop(&lease->payload);
+    return 0;
+}
+
+/* The frame is complete.  -1: it is Python's after all. */
+static int end_frame(Lease *lease)
+{
+    unsigned char payload[2 * OFFSET] = {0};
+    if (lease->kind == DATA)
+        return take_data(lease, lease->stream);
+    copy_payload(lease, payload);
+    if (lease->kind == ACK ? acknowledge(lease, get64(payload)) : take_credit(lease, payload))
+        return -1;
+    if (lease->kind == CREDIT)
+        lease->rx_next += CREDIT_FRAME;
+    drop(&lease->payload);
+    return 0;
+}
+
+/* Leave the frame that is arriving to Python.  -1 with an exception. */
+int give_up_frame(Lease *lease)
+{
+    lease->over = 1;
+    if (!lease->left && !(lease->left = PyList_New(0)))
+        return -1;
+    if (!lease->header_length)
+        return 0;
+    PyObject *header = PyBytes_FromStringAndSize((char *)lease->header, lease->header_length);
+    int failed = !header || PyList_Append(lease->left, header) ||
+                 append_buffers(lease->left, &lease->payload);
+    Py_XDECREF(header);
+    lease->header_length = 0;
+    drop(&lease->payload);
+    return failed ? -1 : 0;
+}
+
+/* Take in what was received.  -1 with an exception. */
+int take_in(Lease *lease, const Piece *piece)
+{
+    char *at = piece->memory;
+    Py_ssize_t length = piece->length;
+    while (length && !lease->left) {
+        Py_ssize_t count;
+        if (lease->header_length < HEADER) {
+            count = HEADER - lease->header_length < length ? HEADER - lease->header_length : length;
+            memcpy(lease->header + lease->header_length, at, count);
+            lease->header_length += count;
+            at += count;
+            length -= count;
+            if (lease->header_length == HEADER && !begin_frame(lease) && give_up_frame(lease))
+                return -1;
+            continue;
+        }
+        count = lease->missing < length ? lease->missing : length;
+        if (append(&lease->payload, piece->owner, at, count)) {
+            if (give_up_frame(lease))
+                return -1;
+            break;
+        }
+        at += count;
+        length -= count;
+        lease->missing -= count;
+        if (lease->missing)
+            continue;
+        if (end_frame(lease)) {
+            if (give_up_frame(lease))
+                return -1;
+        } else {
+            lease->header_length = 0;
+        }
+    }
+    if (!length)
+        return 0;
+    Piece rest = {piece->owner, at, length};
+    PyObject *buffer = as_buffer(&rest);
+    int failed = !buffer || PyList_Append(lease->left, buffer);
+    Py_XDECREF(buffer);
+    return failed ? -1 : 0;
+}
+
+void deliver_all(Lease *lease)
+{
+    for (int i = 0; i < lease->stream_count; i++)
+        deliver(lease, &lease->streams[i]);
+}
+
+/* Say what is due, and have those watched again who may send. */
+static void go_on(Lease *lease)
+{
+    answer(lease);
+    for (int i = 0; i < lease->stream_count && !lease->blocked; i++)
+        if (lease->streams[i].held && lease->streams[i].sent < lease->streams[i].limit)
+            release(lease, &lease->streams[i]);
+}
+
+/* The link has something.  -1 with an exception. */
+int from_link(Lease *lease)
+{
+    Pieces pieces = {.count = 0};
+    int failed = gather(lease->pool, lease->fd, lease->turn, &pieces, MOST_PIECES, &lease->read_end);
+    int lost = 0;
+    for (int i = 0; i < pieces.count && !lost; i++) /* what was read before it failed, too */
+        lost = take_in(lease, &pieces.piece[i]);
+    drop(&pieces);
+    deliver_all(lease);
+    if (lost) {
+        failed = lost;
+        lease->read_end = EIO; /* the connection cannot go on without what is lost: the next one repeats it */
+    }
+    if (failed || lease->read_end)
+        lease->over = 1;
+    if (!failed)
+        go_on(lease);
+    return failed;
+}
+
+/* The link takes something again. */
+void link_takes(Lease *lease)
+{
+    push(lease);
+    go_on(lease);
+}

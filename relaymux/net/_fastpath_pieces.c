@@ -1,0 +1,150 @@
+/* Bytes in pooled memory: put together, cut, read from sockets and written to them. */
+
+#include "_fastpath.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+/* As in relaymux/net/receiving.py. */
+#define READ_AGAIN (16 * 1024)
+
+void drop(Pieces *pieces)
+{
+    for (int i = 0; i < pieces->count; i++)
+        Py_XDECREF(pieces->piece[i].owner);
+    pieces->count = 0;
+    pieces->length = 0;
+}
+
+/*
+ * Append; one that lies behind the last one makes that longer.  -1, without an exception: there are too
+ * many.
+ */
+int append(Pieces *pieces, PyObject *owner, char *memory, Py_ssize_t length)
+{
+    if (!length)
+        return 0;
+    Piece *last = pieces->count ? &pieces->piece[pieces->count - 1] : NULL;
+    if (last && owner && last->owner == owner && last->memory + last->length == memory) {
+        last->length += length;
+    } else if (pieces->count == MOST_PIECES) {
+        return -1;
+    } else {
+        pieces->piece[pieces->count++] = (Piece){Py_XNewRef(owner), memory, length};
+    }
+    pieces->length += length;
+    return 0;
+}
+
+/* Without the first `count` bytes. */
+static void shorten(Pieces *pieces, Py_ssize_t count)
+{
+    int gone = 0;
+    pieces->length -= count;
+    while (gone < pieces->count && count >= pieces->piece[gone].length)
+        count -= pieces->piece[gone++].length;
+    for (int i = 0; i < gone; i++)
+        Py_XDECREF(pieces->piece[i].owner);
+    pieces->count -= gone;
+    memmove(pieces->piece, pieces->piece + gone, pieces->count * sizeof(Piece));
+    if (count) {
+        pieces->piece[0].memory += count;
+        pieces->piece[0].length -= count;
+    }
+}
+
+/* As what Python passes on. */
+PyObject *as_buffer(const Piece *piece)
+{
+    if (!piece->owner)
+        return PyBytes_FromStringAndSize(piece->memory, piece->length);
+    if (Py_IS_TYPE(piece->owner, &LentType)) {
+        Lent *lent = (Lent *)piece->owner;
+        return view_of(lent, piece->memory - lent->memory, piece->length, 1);
+    }
+    Py_buffer *whole = PyMemoryView_GET_BUFFER(piece->owner);
+    Py_ssize_t start = piece->memory - (char *)whole->buf;
+    return PySequence_GetSlice(piece->owner, start, start + piece->length);
+}
+
+int append_buffers(PyObject *list, const Pieces *pieces)
+{
+    for (int i = 0; i < pieces->count; i++) {
+        PyObject *buffer = as_buffer(&pieces->piece[i]);
+        if (!buffer || PyList_Append(list, buffer)) {
+            Py_XDECREF(buffer);
+            return -1;
+        }
+        Py_DECREF(buffer);
+    }
+    return 0;
+}
+
+PyObject *as_list(const Pieces *pieces)
+{
+    PyObject *list = PyList_New(0);
+    if (list && append_buffers(list, pieces))
+        Py_CLEAR(list);
+    return list;
+}
+
+/*
+ * Read up to `limit` bytes in up to `most` pieces, as pool_gather does.  Sets `ended` to -1 at the end of
+ * input, to an error where there is one, else to 0.  -1 with an exception.
+ */
+int gather(Pool *pool, int fd, Py_ssize_t limit, Pieces *pieces, int most, int *ended)
+{
+    *ended = 0;
+    while (limit > 0 && pieces->count < most) {
+        Py_ssize_t space;
+        char *room = room_in(pool, READ_ROOM, &space);
+        if (!room)
+            return -1;
+        if (space > limit)
+            space = limit;
+        ssize_t count = recv(fd, room, space, MSG_DONTWAIT);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0) {
+            if (!count)
+                *ended = -1;
+            else if (errno != EAGAIN && errno != EWOULDBLOCK)
+                *ended = errno;
+            break;
+        }
+        append(pieces, (PyObject *)pool->current, room, count); /* there is place for one */
+        pool->filled += count;
+        limit -= count;
+        if (count < READ_AGAIN && count < space)
+            break;
+    }
+    return 0;
+}
+
+/*
+ * Write, and leave in `pieces` what the socket did not take.  Returns the bytes that it took, and sets
+ * `error` where it never will.
+ */
+Py_ssize_t put(int fd, Pieces *pieces, int *error)
+{
+    struct iovec parts[MOST_PIECES];
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = pieces->count};
+    for (int i = 0; i < pieces->count; i++)
+        parts[i] = (struct iovec){pieces->piece[i].memory, pieces->piece[i].length};
+    ssize_t count;
+    do
+        count = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (count < 0 && errno == EINTR);
+    if (count < 0) {
+        if (errno != EAGAIN && errno != EWOULDBLOCK)
+            *error = errno;
+        return 0;
+    }
+    if (count == pieces->length)
+        drop(pieces);
+    else
+        shorten(pieces, count);
+    return count;
+}
