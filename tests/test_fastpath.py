@@ -120,11 +120,14 @@ class LeaseTests(SynchronousTestCase):
         queued: bool = False,
         before: tuple[int, ...] = (),
         most_held: int = 1 << 30,
+        window: tuple[int, int, int, int] = (0, 0, 4096, 4096),
+        ack_bytes: int = 1 << 19,
     ) -> Any:
         """
         @param credit: bytes that may be sent for stream 3.
         @param before: where frames end that were sent before, and not acknowledged.
         @param most_held: bytes that may be unacknowledged.
+        @param window: what was received for it, and consumed; the credit for that, and its window.
         """
         assert native is not None
         lease = native.Lease(
@@ -132,11 +135,10 @@ class LeaseTests(SynchronousTestCase):
             self.link.fileno(),
             self.epoll.fileno(),
             (before[-1] if before else 0, 0, 1 << 30, most_held, 256, list(before)),
-            (0, 0, 1 << 19, 1 << 20),
+            (0, 0, ack_bytes, 1 << 20),
             1 << 19,
             1,
         )
-        window = (0, 0, 4096, 4096)
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
@@ -208,6 +210,52 @@ class LeaseTests(SynchronousTestCase):
                 self.assertEqual(parse(self.peer.recv(4000)), said)
             self.assertEqual(lease.settle()[0], held + 28 * len(said))
 
+    def test_acknowledged_once(self) -> None:
+        """As many bytes as are worth it are acknowledged with one ACK."""
+        window = (0, 0, 1 << 22, 1 << 22)
+        lease = self.lease(0, window=window, ack_bytes=5000)
+        self.peer.send((data_header(3, 2000) + content(2000)) * 4)
+        self.wait(lease)
+        self.assertEqual(parse(self.peer.recv(4000)), [(Kind.ACK, 0, u64(4 * 2012))])
+        self.assertEqual(lease.settle()[2:4], (4 * 2012, 4 * 2012))
+
+    def test_not_for_a_lease(self) -> None:
+        """What the peer must not say is Python's, who knows what to do, with all that follows."""
+        good = data_header(3, 96) + content(96)
+        for bad in (
+            data_header(3, 4001) + content(4001),  # beyond its credit
+            data_header(3, 0),
+            data_header(5, 10) + content(10),
+            encode(Kind.CREDIT, 3, CREDIT.pack(999, 0)),  # less than before
+            encode(Kind.CREDIT, 3, CREDIT.pack(1 << 63, 0)),
+            encode(Kind.CREDIT, 3, CREDIT.pack(2000, 1)),  # more than was sent
+            encode(Kind.CREDIT, 5, CREDIT.pack(2000, 0)),
+            encode(Kind.ACK, 3, u64(0)),
+            encode(Kind.ACK, 0, u64(1)),
+            encode(Kind.PING, 0, u64(1)),
+            b"\x13\x01" + data_header(3, 10)[2:] + content(10),
+        ):
+            lease = self.lease(1000)
+            self.peer.send(good + bad + good)
+            self.assertEqual(self.wait(lease), [])
+            settled = lease.settle()
+            self.assertEqual(b"".join(map(bytes, settled[6])), bad + good)
+            self.assertEqual((settled[2], self.program.recv(9000)), (len(good), content(96)))
+
+    def test_blocked(self) -> None:
+        """While the link takes nothing what arrives is delivered all the same, and the answer is Python's."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.link.send(bytes(65536))
+        lease = self.lease(1000)
+        self.assertTrue(lease.owe([b"a" * 100]))
+        self.peer.send(data_header(3, 3000) + content(3000))
+        self.wait(lease)
+        self.assertEqual(self.program.recv(9000), content(3000))
+        settled = lease.settle()
+        self.assertEqual((settled[:4], settled[5]), ((0, 0, 3012, 0), [b"a" * 100]))
+        self.assertEqual(settled[8][0][4:7], (3000, 3000, 4096))
+
     def test_what_is_owed(self) -> None:
         """What Python could not send leaves first, whole, before anything else."""
         owed = [b"a" * 100, memoryview(b"b" * 3000)]
@@ -276,6 +324,10 @@ class FastPathTests(SynchronousTestCase):
             self.reactor.iterate(0.01)
         logged = [formatEvent(event) for event in self.events]
         self.assertTrue(condition(), f"seed {self.seed}: never: {what}; {logged[-5:]}")
+
+    def told(self, text: str) -> list[str]:
+        """@return: the lines of log with C{text} in them."""
+        return [line for line in map(formatEvent, self.events) if text in line]
 
     def run_for(self, seconds: float) -> None:
         """Have the reactor run for some time."""
@@ -380,6 +432,11 @@ class BulkTests(FastPathTests):
         self.assert_received(far, BULK)
         self.assertEqual((near.ended, far.ended, near.broke), (0, 0, 0))
         self.assert_carried(4 * MIB)
+        self.run_until(
+            lambda: len(self.told("delivered all")) == 2, "the connection's end was told at both ends"
+        )
+        sent, received = (f"({len(BULK)} bytes) {what}" for what in ("sent", "received"))
+        self.assertEqual([len(self.told(text)) for text in (sent, received)], [1, 1])
 
     def test_both_ways(self) -> None:
         """So do two directions at once."""
@@ -410,7 +467,6 @@ class BulkTests(FastPathTests):
         self.over(near, far)
         self.assert_received(far, LESS)
         self.assert_received(near, BULK)
-        self.assert_carried(0)
 
     def test_slow_reader(self) -> None:
         """So they do to a program that takes little at a time, and sleeps in between."""
@@ -463,22 +519,25 @@ class BulkTests(FastPathTests):
         heard = []
 
         def ask() -> None:
-            for number in range(100):
+            for number in range(300):
                 asks.sock.sendall(b"%8d" % number)
                 heard.append(asks.sock.recv(8))
                 time.sleep(0.001)
 
         def answer() -> None:
-            for _ in range(100):
+            for _ in range(300):
                 answers.sock.sendall(answers.sock.recv(8))
 
         talk = [threading.Thread(target=call, daemon=True) for call in (ask, answer)]
-        self.start(near, far)
         for thread in talk:
             thread.start()
+        self.run_until(lambda: len(heard) > 10, "they talked")
+        self.start(near, far)
+        self.run_until(lambda: len(far.received) > 2 * MIB, "bulk flowed")
+        self.assertEqual(self.reactor.fast_path.carried, 0)
         self.run_until(lambda: not any(thread.is_alive() for thread in talk), "all was asked and answered")
         self.over(near, far)
-        self.assertEqual(heard, [b"%8d" % number for number in range(100)])
+        self.assertEqual(heard, [b"%8d" % number for number in range(300)])
         self.assert_received(far, BULK)
 
 
