@@ -44,7 +44,6 @@ WORTHWHILE: Final = 2 * LONG_TURN
 #: Times that bulk was seen and no lease made, at most, after one that was not worth it.
 LONGEST_PAUSE: Final = 64
 
-
 #: Times that a lease is tried before more bulk was seen.
 MOST_TRIES: Final = 64
 
@@ -123,6 +122,8 @@ class FastPath:
         @return: what C{epoll.poll} would; L{None} if there is nothing to carry.
         """
         self.turns.bulk = False
+        if not self._links:
+            return None
         now = self._reactor.seconds()
         if self._skip or self.turns.somebody_talks(now):
             self._skip = max(0, self._skip - 1)
@@ -193,11 +194,13 @@ class FastPath:
             members[transport.stream_id] = (transport, local)
         if not members:
             return None
-        owed = socket.hand_over()
-        if not lease.owe(owed):
-            socket.take_over(owed, 0)
-            return None
-        return _Way(lease, link, socket, members)
+        owed, taken = socket.hand_over(), False
+        try:
+            taken = lease.owe(owed)
+        finally:
+            if not taken:
+                socket.take_over(owed, 0)
+        return _Way(lease, link, socket, members) if taken else None
 
     def _settle(self, ways: list[_Way]) -> int:
         """
@@ -219,12 +222,21 @@ class FastPath:
                 way.link.abort()
                 way.link.end(way.link.link.goodbye(ErrorCode.INTERNAL_ERROR, "out of memory"))
                 continue
-            for local, read_end in way.read_ends:
-                local.take_back((), read_end)
-            way.socket.go_on()
-            way.link.carried(way.events)
-            way.socket.take_back(way.left, way.read_end)
+            try:
+                self._tell(way)
+            except Exception:
+                # What was received and not understood may be lost: the next connection brings it again.
+                _log.failure("connection {number}: closing it", number=way.link.number)
+                way.link.abort()
         return sum(way.carried for way in ways)
+
+    def _tell(self, way: _Way) -> None:
+        """Tell others what has happened in a lease, and have Python go on with the rest."""
+        for local, read_end in way.read_ends:
+            local.take_back((), read_end)
+        way.socket.go_on()
+        way.link.carried(way.events)
+        way.socket.take_back(way.left, way.read_end)
 
     def _take(self, way: _Way, now: float) -> None:
         """Nothing that is called here calls anybody else."""
