@@ -120,7 +120,7 @@ class LeaseTests(SynchronousTestCase):
         queued: bool = False,
         before: tuple[int, ...] = (),
         most_held: int = 1 << 30,
-        window: tuple[int, int, int, int] = (0, 0, 4096, 4096),
+        window: tuple[int, int, int, int] = (0, 0, 4000, 4000),
         ack_bytes: int = 1 << 19,
     ) -> Any:
         """
@@ -136,7 +136,7 @@ class LeaseTests(SynchronousTestCase):
             self.epoll.fileno(),
             (before[-1] if before else 0, 0, 1 << 30, most_held, 256, list(before)),
             (0, 0, ack_bytes, 1 << 20),
-            1 << 19,
+            (1 << 19, 1 << 19),
             1,
         )
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
@@ -201,7 +201,7 @@ class LeaseTests(SynchronousTestCase):
 
     def test_peer_acknowledges_nothing(self) -> None:
         """With a full replay buffer, and what is allowed beyond that, no more CREDIT is said."""
-        for held, said in ((99, [(Kind.CREDIT, 3, CREDIT.pack(2000 + 4096, 2000))]), (100, [])):
+        for held, said in ((99, [(Kind.CREDIT, 3, CREDIT.pack(2000 + 4000, 2000))]), (100, [])):
             self.peer.send(data_header(3, 2000) + content(2000))
             lease = self.lease(1000, before=(held,), most_held=100)
             self.wait(lease)
@@ -254,7 +254,7 @@ class LeaseTests(SynchronousTestCase):
         self.assertEqual(self.program.recv(9000), content(3000))
         settled = lease.settle()
         self.assertEqual((settled[:4], settled[5]), ((0, 0, 3012, 0), [b"a" * 100]))
-        self.assertEqual(settled[8][0][4:7], (3000, 3000, 4096))
+        self.assertEqual(settled[8][0][4:7], (3000, 3000, 4000))
 
     def test_what_is_owed(self) -> None:
         """What Python could not send leaves first, whole, before anything else."""

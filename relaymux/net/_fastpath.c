@@ -45,11 +45,11 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     int fd, epoll, places;
     unsigned long long end, acknowledged, most_held, rx_next, rx_acknowledged, ack_bytes;
     long long room;
-    Py_ssize_t frame_cost, turn;
+    Py_ssize_t frame_cost, local_turn, link_turn;
     unsigned int max_payload;
-    if (!PyArg_ParseTuple(args, "O!ii(KKLKnO!)(KKKI)ni", &PoolType, &pool, &fd, &epoll, &end, &acknowledged,
+    if (!PyArg_ParseTuple(args, "O!ii(KKLKnO!)(KKKI)(nn)i", &PoolType, &pool, &fd, &epoll, &end, &acknowledged,
                           &room, &most_held, &frame_cost, &PyList_Type, &ends, &rx_next, &rx_acknowledged,
-                          &ack_bytes, &max_payload, &turn, &places))
+                          &ack_bytes, &max_payload, &local_turn, &link_turn, &places))
         return NULL;
     if (check_minimum((Pool *)pool, READ_ROOM))
         return NULL;
@@ -64,7 +64,8 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     lease->room = room;
     lease->most_held = most_held;
     lease->frame_cost = frame_cost;
-    lease->turn = turn;
+    lease->local_turn = local_turn;
+    lease->link_turn = link_turn;
     lease->rx_next = rx_next;
     lease->rx_acknowledged = rx_acknowledged;
     lease->ack_bytes = ack_bytes;

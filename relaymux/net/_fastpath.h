@@ -72,7 +72,7 @@ typedef struct {
     uint64_t most_held; /* bytes in it with which control frames have to wait, too */
     uint64_t *ends; /* of the frames that were sent before, oldest first */
     Py_ssize_t first_end, end_count; /* those that are not acknowledged */
-    Py_ssize_t frame_cost, turn;
+    Py_ssize_t frame_cost, local_turn, link_turn;
     Sent *sent; /* a ring of MOST_SENT */
     int first, sent_count;
     int blocked; /* the link takes nothing more; `unsent` is what is left of a write */

@@ -9,6 +9,12 @@
 
 #define MAX_OFFSET INT64_MAX
 
+/*
+ * New credit waits until this share of a window was consumed: twice of what Python waits for, as each CREDIT
+ * wakes the other daemon, which has nothing else to do then.
+ */
+#define GRANT_SHARE 2
+
 /* Kinds of frames (docs/protocol.md, 3). */
 enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
 
@@ -175,7 +181,7 @@ int from_local(Lease *lease, Stream *stream)
         hold(lease, stream);
         return 0;
     }
-    int64_t most = lease->turn;
+    int64_t most = lease->local_turn;
     if (lease->room - HEADER - lease->frame_cost < most)
         most = lease->room - HEADER - lease->frame_cost;
     if (most <= 0 || lease->sent_count == MOST_SENT) {
@@ -265,8 +271,7 @@ static void deliver(Lease *lease, Stream *stream)
         stream->writes = 0;
         lease->over = 1;
     }
-    /* As ReceiveWindow.consume has it. */
-    stream->credit_due = stream->consumed + stream->size >= stream->granted + stream->size / 4;
+    stream->credit_due = stream->consumed + stream->size >= stream->granted + stream->size / GRANT_SHARE;
 }
 
 /*
@@ -386,7 +391,7 @@ static void go_on(Lease *lease)
 int from_link(Lease *lease)
 {
     Pieces pieces = {.count = 0};
-    int failed = gather(lease->pool, lease->fd, lease->turn, &pieces, MOST_PIECES, &lease->read_end);
+    int failed = gather(lease->pool, lease->fd, lease->link_turn, &pieces, MOST_PIECES, &lease->read_end);
     int lost = 0;
     for (int i = 0; i < pieces.count && !lost; i++) /* what was read before it failed, too */
         lost = take_in(lease, &pieces.piece[i]);

@@ -84,7 +84,7 @@ class Lease:
         epoll: int,
         sent: tuple[int, int, int, int, int, list[int]],
         received: tuple[int, int, int, int],
-        turn: int,
+        turns: tuple[int, int],
         streams: int,
     ) -> None:
         """
@@ -95,7 +95,8 @@ class Lease:
             the frames end that are in it, oldest first.
         @param received: sequenced bytes received; of how many the peer knows; how many new ones are
             worth an ACK; the longest DATA payload.
-        @param turn: bytes to read of a socket at once, and to send in a frame, at most.
+        @param turns: bytes to read of a local socket at once, and to send in a frame, at most; bytes to
+            read of the link.
         @param streams: how many will be added at most.
         """
     def add(
