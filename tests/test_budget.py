@@ -351,6 +351,22 @@ class GrowthTests(SynchronousTestCase):
         self.assertEqual(sizes.grown, 0)
         self.assertEqual(self.fit(sizes, windows[1], 3e8), 1024 * KIB)
 
+    def test_grown_on_the_fast_path(self) -> None:
+        """A window that is too small for what the fast path carries is larger from then on, not later."""
+        session = Session(dialing=True, local=LIMITS, remote=LIMITS, account=Account(Budget(10**9)))
+        assert session.growth is not None
+        session.growth.heard_round_trip(0.1)
+        stream_id = session.open_stream("vda")
+        session.data_to_send(1 << 20, 0.0)
+        granted = LIMITS.window
+        for now in (1.0, 1.05):  # the first look only begins to measure
+            session.data_to_send(1 << 20, now)
+            granted += LIMITS.window
+            session.carried_stream(stream_id, 0, LIMITS.window, 0, LIMITS.window, LIMITS.window, granted, now)
+        said = parse(join(session.data_to_send(1 << 20, 1.05)))
+        [limit] = [int.from_bytes(payload[:8], "big") for kind, _, payload in said if kind == Kind.CREDIT]
+        self.assertGreaterEqual(limit, 2 * LIMITS.window + 2 * LIMITS.window)
+
     def test_asks_for_the_round_trip(self) -> None:
         """Each new link begins with a PING, before anything could be in front of it."""
         line = Line()

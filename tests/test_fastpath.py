@@ -120,14 +120,14 @@ class LeaseTests(SynchronousTestCase):
         queued: bool = False,
         before: tuple[int, ...] = (),
         most_held: int = 1 << 30,
-        window: tuple[int, int, int, int] = (0, 0, 4000, 4000),
+        window: tuple[int, int, int, int, int] = (0, 0, 4000, 4000, 2000),
         ack_bytes: int = 1 << 19,
     ) -> Any:
         """
         @param credit: bytes that may be sent for stream 3.
         @param before: where frames end that were sent before, and not acknowledged.
         @param most_held: bytes that may be unacknowledged.
-        @param window: what was received for it, and consumed; the credit for that, and its window.
+        @param window: what was received for it, and consumed; the credit for that, its window, and a step.
         """
         assert native is not None
         lease = native.Lease(
@@ -212,7 +212,7 @@ class LeaseTests(SynchronousTestCase):
 
     def test_acknowledged_once(self) -> None:
         """As many bytes as are worth it are acknowledged with one ACK."""
-        window = (0, 0, 1 << 22, 1 << 22)
+        window = (0, 0, 1 << 22, 1 << 22, 1 << 20)
         lease = self.lease(0, window=window, ack_bytes=5000)
         self.peer.send((data_header(3, 2000) + content(2000)) * 4)
         self.wait(lease)

@@ -144,7 +144,7 @@ class Side(Core):
                 writes,
                 False,
                 (send.window.sent, send.window.limit, send.delivered),
-                (window.received, window.consumed, window.granted, window.size),
+                (window.received, window.consumed, window.granted, window.size, window.size // 4),
             )
             members.append(stream_id)
         lease.feed([*self.link.suspend(), data])
@@ -465,7 +465,7 @@ class WaitTests(FastPathTestCase):
                     not side.queues[stream_id],
                     False,
                     (send.window.sent, send.window.limit, send.delivered),
-                    (window.received, window.consumed, window.granted, window.size),
+                    (window.received, window.consumed, window.granted, window.size, window.size // 4),
                 )
             if lease.feed(side.link.suspend()):
                 happened = native.wait(epoll.fileno(), 0.002, 0.002, [lease])  # type: ignore[union-attr]

@@ -99,6 +99,9 @@ class Session(Speaker):
             self._credit_due[stream_id] = None
         if renewed and self.growth is not None:
             self.growth.fit_window(window, now)
+            if stream.receive.consume(0):
+                # A larger window is of use from now on, not from the next CREDIT on.
+                self._credit_due[stream_id] = None
 
     def receive_frame(self, frame: Frame) -> list[Event]:
         """

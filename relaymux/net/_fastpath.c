@@ -91,9 +91,9 @@ static PyObject *lease_add(Lease *lease, PyObject *args)
 {
     unsigned int id;
     int fd, reads, writes, queued;
-    unsigned long long sent, limit, delivered, received, consumed, granted, size;
-    if (!PyArg_ParseTuple(args, "Iippp(KKK)(KKKK):add", &id, &fd, &reads, &writes, &queued, &sent, &limit,
-                          &delivered, &received, &consumed, &granted, &size))
+    unsigned long long sent, limit, delivered, received, consumed, granted, size, step;
+    if (!PyArg_ParseTuple(args, "Iippp(KKK)(KKKKK):add", &id, &fd, &reads, &writes, &queued, &sent, &limit,
+                          &delivered, &received, &consumed, &granted, &size, &step))
         return NULL;
     if (lease->stream_count == lease->places)
         Py_RETURN_FALSE;
@@ -113,6 +113,7 @@ static PyObject *lease_add(Lease *lease, PyObject *args)
         .consumed_before = consumed,
         .granted = granted,
         .size = size,
+        .step = step,
     };
     Py_RETURN_TRUE;
 }

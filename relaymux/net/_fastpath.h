@@ -53,7 +53,7 @@ typedef struct {
     /* What its socket gave: docs/protocol.md, 4.3 and 5. */
     uint64_t sent, limit, delivered, sent_before;
     /* What its socket took, and the credit for it. */
-    uint64_t received, consumed, granted, size, received_before, consumed_before;
+    uint64_t received, consumed, granted, size, step, received_before, consumed_before;
     int credit_due;
     /* How its socket has ended for reading (-1 or an error), and for writing (an error). */
     int read_end, write_end;

@@ -9,12 +9,6 @@
 
 #define MAX_OFFSET INT64_MAX
 
-/*
- * New credit waits until this share of a window was consumed: twice of what Python waits for, as each CREDIT
- * wakes the other daemon, which has nothing else to do then.
- */
-#define GRANT_SHARE 2
-
 /* Kinds of frames (docs/protocol.md, 3). */
 enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
 
@@ -271,7 +265,7 @@ static void deliver(Lease *lease, Stream *stream)
         stream->writes = 0;
         lease->over = 1;
     }
-    stream->credit_due = stream->consumed + stream->size >= stream->granted + stream->size / GRANT_SHARE;
+    stream->credit_due = stream->consumed + stream->size >= stream->granted + stream->step;
 }
 
 /*

@@ -107,14 +107,15 @@ class Lease:
         writes: bool,
         queued: bool,
         sent: tuple[int, int, int],
-        received: tuple[int, int, int, int],
+        received: tuple[int, int, int, int, int],
     ) -> bool:
         """
         @param reads: whether the socket is read for the stream.
         @param writes: whether it is written.
         @param queued: whether somebody else waits for it to take something.
         @param sent: bytes sent; the credit for them; how many were delivered.
-        @param received: bytes received; how many were consumed; the credit for them; the window.
+        @param received: bytes received; how many were consumed; the credit for them; the window, and
+            what new credit waits for.
         @return: whether there was room for one more.
         """
     def owe(self, buffers: Sequence[Buffer]) -> bool:

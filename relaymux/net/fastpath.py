@@ -21,6 +21,7 @@ from relaymux.core.events import Event
 from relaymux.core.link import Link
 from relaymux.core.replay import FRAME_COST
 from relaymux.core.session import Session
+from relaymux.core.window import GRANT_SHARE
 from relaymux.errors import ErrorCode
 from relaymux.net.buffers import pool_for
 from relaymux.net.compiled import native
@@ -44,6 +45,10 @@ LINK_TURN: Final = 128 * 1024
 
 #: How many times as many bytes as else an ACK is for: each one wakes the other daemon.
 ACK_FACTOR: Final = 2
+
+#: Seconds of a round trip within one site, and the share of a window for which credit waits there.
+SHORT_LINE: Final = 0.001
+SHORT_LINE_SHARE: Final = 2
 
 #: Bytes that a lease has to carry to have been worth it.
 WORTHWHILE: Final = 2 * LONG_TURN
@@ -76,6 +81,15 @@ class _Way:
         self.read_end = 0
         self.carried = 0
         self.failed = False
+
+
+def grant_share(session: Session) -> int:
+    """
+    @return: the share of a window for which new credit waits.  Half of it on a short line, as each CREDIT
+        wakes the other daemon; on a long one windows grow by what is heard of in time (L{Meter}).
+    """
+    round_trip = session.growth.round_trip if session.growth is not None else None
+    return SHORT_LINE_SHARE if round_trip is not None and round_trip < SHORT_LINE else GRANT_SHARE
 
 
 def lease_of(link: Link, session: Session, pool: Any, descriptor: int, epoll: int, places: int) -> Any:
@@ -179,6 +193,7 @@ class FastPath:
             return None
         lease = lease_of(link.link, session, pool_for(self._reactor), socket.fileno(), epoll, len(found))
         members = {}
+        share = grant_share(session)
         for transport, local in found:
             stream = session.streams.get(transport.stream_id)
             if stream is None:
@@ -195,7 +210,7 @@ class FastPath:
                 writes,
                 bool(local.queuedBytes),
                 (send.window.sent, send.window.limit, send.delivered),
-                (window.received, window.consumed, window.granted, window.size),
+                (window.received, window.consumed, window.granted, window.size, window.size // share),
             ):
                 break
             members[transport.stream_id] = (transport, local)
