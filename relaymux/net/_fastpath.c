@@ -48,8 +48,8 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     Py_ssize_t frame_cost, local_turn, link_turn;
     unsigned int max_payload;
     if (!PyArg_ParseTuple(args, "O!ii(KKLKnO!)(KKKI)(nn)i", &PoolType, &pool, &fd, &epoll, &end,
-                          &acknowledged, &room, &most_held, &frame_cost, &PyList_Type, &ends, &rx_next, &rx_acknowledged,
-                          &ack_bytes, &max_payload, &local_turn, &link_turn, &places))
+                          &acknowledged, &room, &most_held, &frame_cost, &PyList_Type, &ends, &rx_next,
+                          &rx_acknowledged, &ack_bytes, &max_payload, &local_turn, &link_turn, &places))
         return NULL;
     if (check_minimum((Pool *)pool, READ_ROOM))
         return NULL;

@@ -9,6 +9,9 @@
 
 #define MAX_OFFSET INT64_MAX
 
+/* An ACK rides along from this share of what is worth one, as in relaymux/core/outbox.py. */
+#define ACK_RIDE_SHARE 4
+
 /* Kinds of frames (docs/protocol.md, 3). */
 enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
 
@@ -17,7 +20,6 @@ void watch(const Lease *lease, int fd, uint32_t events)
     struct epoll_event event = {.events = events, .data.fd = fd};
     epoll_ctl(lease->epoll, EPOLL_CTL_MOD, fd, &event);
 }
-
 
 static uint64_t get64(const unsigned char *at)
 {
@@ -129,7 +131,7 @@ static void answer(Lease *lease)
     for (int i = 0; i < lease->stream_count; i++)
         due += lease->streams[i].credit_due;
     uint64_t new_bytes = lease->rx_next - lease->rx_acknowledged;
-    if (new_bytes >= (due ? lease->ack_bytes / 4 : lease->ack_bytes))
+    if (new_bytes >= (due ? lease->ack_bytes / ACK_RIDE_SHARE : lease->ack_bytes))
         at += put_ack(lease, at);
     for (int i = 0; due && i < lease->stream_count; i++) {
         Stream *stream = &lease->streams[i];
@@ -196,7 +198,7 @@ int from_local(Lease *lease, Stream *stream)
         sent->payload = pieces;
         stream->sent += pieces.length;
         lease->carried += pieces.length;
-        if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / 4)
+        if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE)
             append(&lease->unsent, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
         append(&lease->unsent, NULL, (char *)sent->head, HEADER);
         for (int i = 0; i < pieces.count; i++)
