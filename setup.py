@@ -69,7 +69,7 @@ COMPILED = (
 
 #: The extension that is written in C, and what of.
 NATIVE = "relaymux.net._native"
-NATIVE_SOURCES = ("_native.c", "_fastpath.c", "_fastpath_carry.c", "_fastpath_pieces.c", "_records.c")
+NATIVE_SOURCES = ("_native.c", "_pieces.c", "_records.c", "_fastpath.c", "_fastpath_carry.c")
 NATIVE_HEADERS = ("_native.h", "_fastpath.h")
 
 #: Has mypyc in it.  pyproject.toml does not ask for it, since RELAYMUX_COMPILE=0 has to do without.

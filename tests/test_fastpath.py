@@ -1,4 +1,4 @@
-"""Bulk over a plain link without Python for each turn: the same bytes, the same ends, the same faults."""
+"""Bulk without Python for each turn: the same bytes, the same ends, the same faults."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.core.budget import Budget
 from relaymux.core.frames import CREDIT, Kind, data_header, encode
 from relaymux.core.handshake import Limits
+from relaymux.errors import TransportError
+from relaymux.net import tlsrecords
 from relaymux.net.buffers import BufferPool, pool_for
 from relaymux.net.compiled import native
 from relaymux.net.connections import LocalSocket
@@ -32,7 +37,11 @@ from relaymux.net.listen import listen_on
 from relaymux.net.local import LocalDialer, LocalListener
 from relaymux.net.peer import Identity, Peer
 from relaymux.net.reactor import RelayReactor
+from relaymux.net.tlscontext import TLSIdentity
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE
+from relaymux.net.tlssockets import TLSTransport
 from tests.sockets import content
+from tests.tls import AUTHORITY, CLIENT, SERVER, Files
 from tests.wire import parse, u64
 
 MIB = 1024 * 1024
@@ -92,8 +101,31 @@ class Program(threading.Thread):
             self.broke = error.errno or -1
 
 
-class LeaseTests(SynchronousTestCase):
-    """What one lease does, and leaves behind."""
+class Records:
+    """One side's keys of a TLS connection: that of a lease, or of its peer."""
+
+    def __init__(self, sends: int, receives: int, cipher: Any = None) -> None:
+        """
+        @param sends: the number of the key to send with.
+        @param cipher: to encrypt and decrypt with, instead of the right one.
+        """
+        assert native is not None
+        ciphers = [AESGCM(bytes([number]) * 16) for number in (sends, receives)]
+        self.pool = BufferPool(CIPHER_BUFFER_SIZE)
+        self.sealer = native.Sealer(cipher or ciphers[0].encrypt_into, bytes([sends]) * 12)
+        self.opener = native.Opener(cipher or ciphers[1].decrypt_into, bytes([receives]) * 12)
+
+    def seal(self, data: bytes, kind: int = 23) -> bytes:
+        return b"".join(self.sealer.seal(self.pool, [data], kind))
+
+    def open(self, data: bytes) -> bytes:
+        plain, used, alert, kind, _ = self.opener.open(self.pool, data, InvalidTag)
+        assert (used, alert, kind) == (len(data), 0, 0)
+        return b"".join(plain)
+
+
+class LeaseTestCase(SynchronousTestCase):
+    """Two pairs of sockets, with a lease in the middle."""
 
     def setUp(self) -> None:
         if native is None:
@@ -122,12 +154,14 @@ class LeaseTests(SynchronousTestCase):
         most_held: int = 1 << 30,
         window: tuple[int, int, int, int, int] = (0, 0, 4000, 4000, 2000),
         ack_bytes: int = 1 << 19,
+        keys: Records | None = None,
     ) -> Any:
         """
         @param credit: bytes that may be sent for stream 3.
         @param before: where frames end that were sent before, and not acknowledged.
         @param most_held: bytes that may be unacknowledged.
         @param window: what was received for it, and consumed; the credit for that, its window, and a step.
+        @param keys: by which the link is encrypted.
         """
         assert native is not None
         lease = native.Lease(
@@ -139,12 +173,18 @@ class LeaseTests(SynchronousTestCase):
             (1 << 19, 1 << 19),
             1,
         )
+        if keys is not None:
+            lease.encrypt(keys.sealer, keys.opener, BufferPool(CIPHER_BUFFER_SIZE), InvalidTag)
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
     def wait(self, lease: Any, seconds: float = 0.05) -> list[tuple[int, int]]:
         assert native is not None
         return list(native.wait(self.epoll.fileno(), -1.0, seconds, [lease]))
+
+
+class LeaseTests(LeaseTestCase):
+    """What one lease does, and leaves behind."""
 
     def test_no_more_than_credit(self) -> None:
         """What exceeds the credit stays where it is, and its socket is watched again when all is over."""
@@ -279,12 +319,152 @@ class LeaseTests(SynchronousTestCase):
         self.assertEqual(self.local.recv(100), b"new")
 
 
+class EncryptedLeaseTests(LeaseTestCase):
+    """The same where the link has TLS."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.keys, self.peers = Records(1, 2), Records(2, 1)
+
+    def test_both_ways(self) -> None:
+        """Encrypted towards the peer, and decrypted towards the program, wherever records are cut."""
+        sent = self.peers.seal(data_header(3, 3000) + content(3000))
+        for part in (sent[:3], sent[3:1000], sent[1000:]):
+            self.peer.send(part)
+            self.program.send(content(700))
+            lease = self.lease(1000, keys=self.keys, window=(0, 0, 9000, 9000, 9000))
+            self.assertEqual(self.wait(lease), [])
+            settled = lease.settle()
+            self.assertEqual(self.peers.open(self.peer.recv(9000)), data_header(3, 700) + content(700))
+            self.assertEqual((settled[5:8], settled[11]), (([], [], 0), None))
+        self.assertEqual((settled[2], self.program.recv(9000)), (3012, content(3000)))
+
+    def test_a_frame_of_two_leases(self) -> None:
+        """What has arrived of a frame when a lease is over, in whole records, is given back decrypted."""
+        frame = data_header(3, 3000) + content(3000)
+        self.peer.send(self.peers.seal(frame[:1000]))
+        lease = self.lease(1000, keys=self.keys)
+        self.wait(lease)
+        left = lease.settle()[6]
+        self.assertEqual(b"".join(map(bytes, left)), frame[:1000])
+        self.peer.send(self.peers.seal(frame[1000:]))
+        lease = self.lease(1000, keys=self.keys)
+        self.assertTrue(lease.feed(left))
+        self.wait(lease)
+        self.assertEqual(self.program.recv(9000), content(3000))
+
+    def test_other_records(self) -> None:
+        """A record that is no data is Python's, and so is all that follows it, as it arrived."""
+        good = data_header(3, 100) + content(100)
+        before, odd, behind = self.peers.seal(good), self.peers.seal(b"\1\0", 21), self.peers.seal(good)
+        self.peer.send(before + odd + behind)
+        lease = self.lease(1000, keys=self.keys)
+        self.wait(lease)
+        *settled, (alert, kind, message, unread) = lease.settle()
+        self.assertEqual((alert, kind, message, b"".join(map(bytes, unread))), (0, 21, b"\1\0", behind))
+        self.assertEqual((settled[2], settled[7], self.program.recv(9000)), (len(good), 0, content(100)))
+
+    def test_forged_records(self) -> None:
+        """What comes before one counts, nothing of it is delivered, and Python knows which alert to send."""
+        good = data_header(3, 100) + content(100)
+        before = self.peers.seal(good)
+        forged = self.peers.seal(good)
+        for alert, wrong in (
+            (20, forged[:-1] + bytes([forged[-1] ^ 1])),
+            (20, forged[:40] + bytes([forged[40] ^ 128]) + forged[41:]),
+            (10, b"\x16" + forged[1:]),
+            (22, b"\x17\3\3\xff\xff" + forged[5:]),
+        ):
+            self.keys, self.peers = Records(1, 2), Records(2, 1)
+            self.peer.send(before + wrong + forged)
+            lease = self.lease(1000, keys=self.keys)
+            self.wait(lease)
+            *settled, odd = lease.settle()
+            self.assertEqual((odd[:3], settled[2], settled[6]), ((alert, 0, None), len(good), []))
+            self.assertEqual(self.program.recv(9000), content(100))
+            self.assertRaises(BlockingIOError, self.program.recv, 9000)
+
+    def test_cannot_encrypt(self) -> None:
+        """What could not be encrypted is kept for the next connection; nothing may follow it on this one."""
+        self.program.send(content(700))
+        lease = self.lease(1000, keys=Records(1, 2, lambda *_: 1 // 0))
+        self.assertRaises(ZeroDivisionError, self.wait, lease)
+        settled = lease.settle()
+        self.assertEqual((settled[0], settled[5], settled[9]), (712, [], errno.EIO))
+        ((end, buffers),) = settled[4]
+        self.assertEqual((end, b"".join(map(bytes, buffers))), (712, data_header(3, 700) + content(700)))
+        self.assertRaises(BlockingIOError, self.peer.recv, 9000)
+
+    def test_cannot_decrypt(self) -> None:
+        """What could not be decrypted is lost with the connection, whose next one brings it again."""
+        self.peer.send(self.peers.seal(data_header(3, 100) + content(100)))
+        lease = self.lease(1000, keys=Records(1, 2, lambda *_: 1 // 0))
+        self.assertRaises(ZeroDivisionError, self.wait, lease)
+        settled = lease.settle()
+        self.assertEqual((settled[2], settled[7], settled[11]), (0, errno.EIO, None))
+        self.assertRaises(BlockingIOError, self.program.recv, 9000)
+
+    def test_a_cipher_that_uses_the_keys(self) -> None:
+        """Nobody else makes or reads records, or fills the pools, while a lease does."""
+        for use in (
+            lambda: self.keys.seal(b"x"),
+            lambda: self.keys.open(b"x"),
+        ):
+            self.keys = Records(1, 2, lambda *_, use=use: use())
+            self.program.send(b"x")
+            self.assertRaises(RuntimeError, self.wait, self.lease(1000, keys=self.keys))
+
+    def test_pools(self) -> None:
+        """A pool that is too small for a frame in few pieces is refused, and so are keys given twice."""
+        lease = self.lease(1000, keys=self.keys)
+        keys = (self.keys.sealer, self.keys.opener)
+        self.assertRaises(RuntimeError, lease.encrypt, *keys, BufferPool(CIPHER_BUFFER_SIZE), InvalidTag)
+        self.assertRaises(ValueError, self.lease(1000).encrypt, *keys, BufferPool(128 * 1024), InvalidTag)
+
+
+class Encrypted:
+    """A TLS connection that waits for its handshake, between a socket and a link's protocol."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        identity: TLSIdentity,
+        protocol: LinkProtocol,
+        sock: socket.socket,
+        *,
+        is_server: bool,
+    ) -> None:
+        self.protocol = protocol
+        self.error: TransportError | None = None
+        pool = pool_for(reactor, CIPHER_BUFFER_SIZE)
+        self.transport = TLSTransport(reactor, identity, pool_for(reactor), pool, self, is_server=is_server)
+        self.socket = transport_for(reactor, sock, self.transport.below, pool)
+        self.begin = self.socket.begin
+
+    def tls_established(self, transport: TLSTransport) -> LinkProtocol:
+        return self.protocol
+
+    def tls_connected(self, protocol: object) -> None:
+        pass
+
+    def tls_failed(self, error: TransportError) -> None:
+        self.error = error
+
+
 class FastPathTests(SynchronousTestCase):
-    """Two daemons' peers in a reactor of their own, with real sockets everywhere."""
+    """
+    Two daemons' peers in a reactor of their own, with real sockets everywhere.
+
+    @cvar tls: whether they are joined by TLS.
+    """
+
+    tls = False
 
     def setUp(self) -> None:
         if native is None:
             raise SkipTest("needs what is compiled: make test-compiled")
+        if self.tls and not tlsrecords._CAN_PROTECT:
+            raise SkipTest("needs a pyca/cryptography that encrypts into given memory")
         self.seed = int(os.environ.get("RELAYMUX_SEED") or time.time_ns() % 1_000_000)
         self.random = random.Random(self.seed)
         self.reactor: Any = RelayReactor()
@@ -294,9 +474,17 @@ class FastPathTests(SynchronousTestCase):
         logged = capturedLogs()
         self.events: Any = logged.__enter__()
         self.addCleanup(logged.__exit__, None, None, None)
+        if self.tls:
+            self.identities = [
+                Files(
+                    Path(tempfile.mkdtemp(dir=self.directory)), own, AUTHORITY.certificate_pem, peer
+                ).identity()
+                for own, peer in ((CLIENT, "server.example"), (SERVER, "client.example"))
+            ]
         self.near = self.peer("far", b"n", dialing=True)
         self.far = self.peer("near", b"f", dialing=False)
         self.links: tuple[Any, Any] = (None, None)
+        self.protocols: tuple[Any, Any] = (None, None)
         self.programs: list[Program] = []
         self.addCleanup(self.close_programs)
 
@@ -345,15 +533,19 @@ class FastPathTests(SynchronousTestCase):
             for sock in pair:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        ends = []
-        for peer, sock in zip((self.near, self.far), pair, strict=True):
-            protocol = peer.build_link()
-            ends.append(transport_for(self.reactor, sock, protocol, pool_for(self.reactor)))
+        ends: list[Any] = []
+        self.protocols = (self.near.build_link(), self.far.build_link())
+        for number, (protocol, sock) in enumerate(zip(self.protocols, pair, strict=True)):
+            if self.tls:
+                tls = Encrypted(self.reactor, self.identities[number], protocol, sock, is_server=number == 1)
+                ends.append(tls.transport)
+                self.reactor.callLater(0, tls.begin)
+            else:
+                ends.append(transport_for(self.reactor, sock, protocol, pool_for(self.reactor)))
+                self.reactor.callLater(0, ends[-1].begin)
             if buffer:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         self.links = (ends[0], ends[1])
-        for transport in ends:
-            self.reactor.callLater(0, transport.begin)
         self.run_until(lambda: self.near.is_up and self.far.is_up, "the link was up")
 
     def tcp_pair(self) -> tuple[socket.socket, socket.socket]:
@@ -606,17 +798,61 @@ class EndTests(FastPathTests):
         near, far = self.serve("ram", BULK, b"")
         self.start(near, far)
         self.run_until(lambda: len(far.received) > 4 * MIB, "bulk flowed")
-        protocol = self.links[0].protocol
+        protocol = self.protocols[0]
         assert isinstance(protocol, LinkProtocol)
         session = protocol.link.session
         assert session is not None
         stream_id = next(iter(session.streams))
         session.streams[stream_id].send.window.limit = 1 << 60  # and so it sends what it may not
         session.growth = None
-        receiver = self.links[1].protocol.link.session.streams[stream_id].receive.window
+        receiver = self.protocols[1].link.session.streams[stream_id].receive.window
         receiver.size = receiver.granted = receiver.received
         self.run_until(lambda: self.far.open_streams == 0, "the stream was over")
         told = " ".join(formatEvent(event) for event in self.events)
         self.assertIn("FLOW_CONTROL_ERROR", told)
         self.over(near, far)
         self.assertTrue(BULK.startswith(far.received))
+
+
+class BulkOverTLSTests(BulkTests):
+    """The same over TLS."""
+
+    tls = True
+
+    def test_new_keys(self) -> None:
+        """Keys that are used up within bulk are followed by new ones, and no byte is lost."""
+        self.patch(tlsrecords, "KEY_RECORDS", 1000)
+        self.patch(tlsrecords, "LENT_RECORDS", 100)
+        self.link()
+        near, far = self.serve("ram", BULK, BULK)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, BULK)
+        self.assert_received(near, BULK)
+        for transport in self.links:
+            used = transport._records._sealer.records
+            self.assertLess(used, 2500, "of more than 3000")
+        self.assert_carried(4 * MIB)
+
+    def test_closed_in_order(self) -> None:
+        """Connections that one end closes as TLS wants it, in the middle of bulk, lose nothing."""
+        self.link()
+        near, far = self.serve("ram", BULK, BULK)
+        self.start(near, far)
+        for _ in range(4):
+            self.run_for(self.random.uniform(0.02, 0.05))
+            if not (self.near.is_up and self.far.is_up):
+                break
+            self.random.choice(self.links).loseConnection()
+            self.run_until(lambda: not (self.near.is_up or self.far.is_up), "both know")
+            self.link()
+        self.over(near, far)
+        self.assert_received(far, BULK)
+        self.assert_received(near, BULK)
+        self.assert_carried(4 * MIB)
+
+
+class EndsOverTLSTests(EndTests):
+    """The same over TLS."""
+
+    tls = True

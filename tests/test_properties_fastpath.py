@@ -12,6 +12,7 @@ import select
 import socket
 from typing import Any
 
+from cryptography.exceptions import InvalidTag
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
@@ -21,8 +22,11 @@ from relaymux.core.frames import FrameDecoder, Kind
 from relaymux.core.handshake import Limits
 from relaymux.core.link import LinkState
 from relaymux.core.stream import ReceiveState, SendState
+from relaymux.net.buffers import BufferPool
 from relaymux.net.compiled import native
 from relaymux.net.fastpath import lease_of
+from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE
+from tests.test_fastpath import Records
 from tests.test_properties_core import bounded, cuts
 from tests.wire import (
     ACK,
@@ -154,7 +158,9 @@ class Side(Core):
 
     def settle(self, lease: Any) -> bytes:
         """As L{relaymux.net.fastpath.FastPath} does it.  @return: what is left of a write to the link."""
-        end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, _ = lease.settle()
+        end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, _, _ = (
+            lease.settle()
+        )
         session = self.session
         assert not read_end and not write_end
         for stream_id, out, limit, delivered, received, consumed, granted, untaken, read, write in streams:
@@ -309,11 +315,42 @@ class FrameTests(FastPathTestCase):
         self.check(kept, places, turns, sizes, 1)
 
 
+class Plain:
+    """One side of a link that is not encrypted."""
+
+    def use(self, lease: Any) -> None:
+        """To be told to a lease."""
+
+    def protect(self, data: bytes) -> bytes:
+        return data
+
+    def reveal(self, data: bytes) -> bytes:
+        return data
+
+
+class Encrypted(Plain):
+    """One side of a link that is."""
+
+    def __init__(self, sends: int, receives: int) -> None:
+        self._records = Records(sends, receives)
+        self._ciphers = BufferPool(CIPHER_BUFFER_SIZE)
+
+    def use(self, lease: Any) -> None:
+        lease.encrypt(self._records.sealer, self._records.opener, self._ciphers, InvalidTag)
+
+    def protect(self, data: bytes) -> bytes:
+        return self._records.seal(data)
+
+    def reveal(self, data: bytes) -> bytes:
+        return self._records.open(data)
+
+
 class WaitTests(FastPathTestCase):
     """All of it, with a peer that reads and writes when and as much as it likes."""
 
-    def check(self, seed: int, *, small: bool) -> None:
+    def check(self, seed: int, *, small: bool, encrypted: bool = False) -> None:
         chance = random.Random(seed)
+        ours, theirs = (Encrypted(1, 2), Encrypted(2, 1)) if encrypted else (Plain(), Plain())
         side = Side(1 if small else None)
         link, peer = socket.socketpair()
         epoll = select.epoll()
@@ -332,6 +369,7 @@ class WaitTests(FastPathTestCase):
         decoder = FrameDecoder(1 << 20)
         # The peer.
         to_say = bytearray()
+        to_send = bytearray()  # the same, as the link has it
         heard = session.replay.end
         acked = heard
         limit = dict.fromkeys(STREAMS, 4096)
@@ -353,7 +391,7 @@ class WaitTests(FastPathTestCase):
                 data = peer.recv(size)
             except BlockingIOError:
                 return
-            for found in decoder.feed(memoryview(data)):
+            for found in decoder.feed(memoryview(theirs.reveal(data))):
                 if found.kind == Kind.DATA:
                     got[found.stream_id] += join(found.buffers)
                     self.assertLessEqual(len(got[found.stream_id]), limit[found.stream_id])
@@ -419,7 +457,7 @@ class WaitTests(FastPathTestCase):
                     side.queues[stream_id] = []
                     side.deliver(stream_id, [memoryview(join(queue))])
             if not waiting:
-                waiting = side.raw(1 << 16)
+                waiting = ours.protect(side.raw(1 << 16))
             with contextlib.suppress(BlockingIOError):
                 waiting = waiting[link.send(waiting) :] if waiting else b""
 
@@ -428,27 +466,38 @@ class WaitTests(FastPathTestCase):
                 arrived = link.recv(100_000)
             except BlockingIOError:
                 return
-            for event in side.link.receive([memoryview(arrived)], 0.0):
+            for event in side.link.receive([memoryview(ours.reveal(arrived))], 0.0):
                 side.happened([event])
 
         for turn in range(5000):
             ending = turn >= 300
-            if ending and not to_say and peer_end == session.rx_next and read == said and got == wrote:
+            if (
+                ending
+                and not to_say
+                and not to_send
+                and peer_end == session.rx_next
+                and read == said
+                and got == wrote
+            ):
                 break
             if not ending:
                 speak()
-            elif not to_say:
+            elif not to_say and not to_send:
                 to_say.extend(frame(ACK, 0, u64(heard)))
                 for stream_id in STREAMS:
                     told[stream_id] = limit[stream_id] = max(len(got[stream_id]) + 100_000, told[stream_id])
                     to_say.extend(frame(CREDIT, stream_id, u64(limit[stream_id], len(got[stream_id]))))
                     peer_end += 28
             programs(all_of_it=ending)
+            to_send += theirs.protect(bytes(to_say))
+            to_say.clear()
             try:
-                count = peer.send(to_say[: 1 << 20 if ending else chance.randint(1, 30_000)]) if to_say else 0
+                count = (
+                    peer.send(to_send[: 1 << 20 if ending else chance.randint(1, 30_000)]) if to_send else 0
+                )
             except BlockingIOError:
                 count = 0
-            del to_say[:count]
+            del to_send[:count]
             if chance.random() < 0.7 or ending:
                 hear(1 << 20 if ending else chance.choice([1, 5, 13, 1000, 100_000]))
             python()
@@ -456,6 +505,7 @@ class WaitTests(FastPathTestCase):
                 read_link()
                 continue
             lease = lease_of(side.link, session, pool, link.fileno(), epoll.fileno(), 2)
+            ours.use(lease)
             for stream_id, (near, _) in side.sockets.items():
                 send, window = session.streams[stream_id].send, session.streams[stream_id].receive.window
                 lease.add(
@@ -496,3 +546,15 @@ class WaitTests(FastPathTestCase):
     def test_fast(self, seed: int) -> None:
         """With those of the system."""
         self.check(seed, small=False)
+
+    @bounded(8)
+    @given(st.integers(0, 2**32))
+    def test_slow_and_encrypted(self, seed: int) -> None:
+        """The same over TLS."""
+        self.check(seed, small=True, encrypted=True)
+
+    @bounded(8)
+    @given(st.integers(0, 2**32))
+    def test_fast_and_encrypted(self, seed: int) -> None:
+        """The same over TLS."""
+        self.check(seed, small=False, encrypted=True)

@@ -320,6 +320,16 @@ class EndTests(TLSTestCase):
         self.assertIsInstance(await self.lost(client), ConnectionDone)
         self.assertEqual(server.received, LARGE)
 
+    async def test_written_behind_the_end(self) -> None:
+        """What is written behind loseConnection is dropped, as Twisted does, also when the end is said."""
+        client, server = await self.pair()
+        client.transport.write(b"last")
+        client.transport.loseConnection()
+        await self.turns(2)
+        client.transport.write(b"too late")
+        self.assertIsInstance(await self.lost(server), ConnectionDone)
+        self.assertEqual(server.received, b"last")
+
     async def test_end_while_both_send(self) -> None:
         """A peer that is still sending when we close gets all that we sent."""
         client, server = await self.pair()

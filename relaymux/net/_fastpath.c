@@ -32,6 +32,12 @@ static void lease_dealloc(Lease *lease)
     drop(&lease->unsent);
     drop(&lease->payload);
     Py_XDECREF(lease->left);
+    Py_XDECREF(lease->unread);
+    Py_XDECREF(lease->odd.message);
+    Py_XDECREF(lease->wrong_tag);
+    Py_XDECREF(lease->ciphers);
+    Py_XDECREF(lease->opener);
+    Py_XDECREF(lease->sealer);
     Py_XDECREF(lease->pool);
     PyMem_Free(lease->sent);
     PyMem_Free(lease->ends);
@@ -64,8 +70,8 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     lease->room = room;
     lease->most_held = most_held;
     lease->frame_cost = frame_cost;
-    lease->local_turn = local_turn;
-    lease->link_turn = link_turn;
+    lease->local_turn = local_turn < MOST_TURN ? local_turn : MOST_TURN;
+    lease->link_turn = link_turn < MOST_TURN ? link_turn : MOST_TURN;
     lease->rx_next = rx_next;
     lease->rx_acknowledged = rx_acknowledged;
     lease->ack_bytes = ack_bytes;
@@ -85,6 +91,26 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         return NULL;
     }
     return (PyObject *)lease;
+}
+
+static PyObject *lease_encrypt(Lease *lease, PyObject *args)
+{
+    PyObject *sealer, *opener, *ciphers, *wrong_tag;
+    if (!PyArg_ParseTuple(args, "O!O!O!O:encrypt", &SealerType, &sealer, &OpenerType, &opener, &PoolType,
+                          &ciphers, &wrong_tag))
+        return NULL;
+    if (lease->sealer) {
+        PyErr_SetString(PyExc_RuntimeError, "it is encrypted");
+        return NULL;
+    }
+    /* Pieces of a frame, encrypted, are few then. */
+    if (check_minimum((Pool *)ciphers, lease->local_turn / 2))
+        return NULL;
+    lease->sealer = (Records *)Py_NewRef(sealer);
+    lease->opener = (Records *)Py_NewRef(opener);
+    lease->ciphers = (Pool *)Py_NewRef(ciphers);
+    lease->wrong_tag = Py_NewRef(wrong_tag);
+    Py_RETURN_NONE;
 }
 
 static PyObject *lease_add(Lease *lease, PyObject *args)
@@ -208,13 +234,22 @@ static PyObject *sent_result(const Sent *sent)
     return Py_BuildValue("(KN)", (unsigned long long)sent->end, buffers);
 }
 
+/* The record that was no data, if one has ended the lease, and what has arrived behind it. */
+static PyObject *odd_result(const Lease *lease)
+{
+    if (!lease->unread)
+        Py_RETURN_NONE;
+    const Odd *odd = &lease->odd;
+    return Py_BuildValue("(iiOO)", odd->alert, odd->type, odd->message ? odd->message : Py_None, lease->unread);
+}
+
 static PyObject *lease_settle(Lease *lease, PyObject *unused)
 {
     if (lease->settled) {
         PyErr_SetString(PyExc_RuntimeError, "settled before");
         return NULL;
     }
-    PyObject *sent = PyList_New(0), *streams = PyList_New(0), *unsent = NULL;
+    PyObject *sent = PyList_New(0), *streams = PyList_New(0), *unsent = NULL, *odd;
     if (!sent || !streams || give_up_frame(lease))
         goto fail;
     for (int i = 0; i < lease->sent_count; i++) {
@@ -233,14 +268,14 @@ static PyObject *lease_settle(Lease *lease, PyObject *unused)
         }
         Py_DECREF(stream);
     }
-    if (!(unsent = as_list(&lease->unsent)))
+    if (!(unsent = as_list(&lease->unsent)) || !(odd = odd_result(lease)))
         goto fail;
     lease->settled = 1;
-    return Py_BuildValue("(KKKKNNOiNiK)", (unsigned long long)lease->end,
+    return Py_BuildValue("(KKKKNNOiNiKN)", (unsigned long long)lease->end,
                          (unsigned long long)lease->acknowledged,
                          (unsigned long long)lease->rx_next, (unsigned long long)lease->rx_acknowledged, sent,
                          unsent, lease->left, lease->read_end, streams, lease->write_end,
-                         (unsigned long long)lease->carried);
+                         (unsigned long long)lease->carried, odd);
 fail:
     Py_XDECREF(sent);
     Py_XDECREF(streams);
@@ -249,6 +284,7 @@ fail:
 }
 
 static PyMethodDef lease_methods[] = {
+    {"encrypt", (PyCFunction)lease_encrypt, METH_VARARGS, NULL},
     {"add", (PyCFunction)lease_add, METH_VARARGS, NULL},
     {"owe", (PyCFunction)lease_owe, METH_O, NULL},
     {"feed", (PyCFunction)lease_feed, METH_O, NULL},
@@ -284,8 +320,8 @@ static int carry(PyObject *leases, const struct epoll_event *event)
             /* Python may have asked whether it takes something, too. */
             if (event->events & ~(lease->blocked ? EPOLLIN | EPOLLOUT : EPOLLIN))
                 return 0;
-            if (event->events & EPOLLOUT)
-                link_takes(lease);
+            if (event->events & EPOLLOUT && link_takes(lease))
+                return -1;
             return event->events & EPOLLIN && !lease->over && from_link(lease) ? -1 : 1;
         }
         for (int j = 0; j < lease->stream_count; j++) {
@@ -325,8 +361,15 @@ static void restore(PyObject *leases)
 /* While bytes are carried nobody else, as a finaliser may be, is to take away the buffer that is filled. */
 static void use_pools(PyObject *leases, int use)
 {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++)
-        ((Lease *)PyList_GET_ITEM(leases, i))->pool->in_use = use;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++) {
+        Lease *lease = (Lease *)PyList_GET_ITEM(leases, i);
+        lease->pool->in_use = use;
+        if (!lease->sealer)
+            continue;
+        lease->ciphers->in_use = use;
+        use_records(lease->sealer, use);
+        use_records(lease->opener, use);
+    }
 }
 
 static PyObject *fast_wait(PyObject *module, PyObject *args)

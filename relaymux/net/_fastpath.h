@@ -16,25 +16,15 @@
 /* Free space wanted for a read, as in relaymux/net/receiving.py. */
 #define READ_ROOM (64 * 1024)
 
-/* Pieces of pooled memory that a frame may be in; with more of them it is Python's. */
-#define MOST_PIECES 12
+/* The most that is read at once: with a header and an ACK in front, no more pieces than a write may have. */
+#define MOST_TURN ((MOST_PIECES - 4) * READ_ROOM)
+
+/* A read that brings so much is followed by another one, likewise. */
+#define READ_AGAIN (16 * 1024)
 
 /* Frames that are not acknowledged, and streams.  With more of them it is Python's turn. */
 #define MOST_SENT 64
 #define MOST_STREAMS 64
-
-/* Bytes in memory that `owner` keeps. */
-typedef struct {
-    PyObject *owner; /* a Lent, or a memoryview; NULL for memory of the lease's own */
-    char *memory;
-    Py_ssize_t length;
-} Piece;
-
-typedef struct {
-    Piece piece[MOST_PIECES];
-    int count;
-    Py_ssize_t length;
-} Pieces;
 
 /* A sequenced frame that was sent and not acknowledged. */
 typedef struct {
@@ -66,6 +56,12 @@ typedef struct {
     int fd, epoll;
     int over;    /* it is Python's turn */
     int settled; /* Python has taken it back */
+    /* Of a link with TLS; else NULL. */
+    Records *sealer, *opener;
+    Pool *ciphers; /* where what is encrypted goes */
+    PyObject *wrong_tag;
+    Odd odd;
+    PyObject *unread; /* a list: what has arrived behind an odd record */
     /* What is sent. */
     uint64_t end, acknowledged, settled_end;
     int64_t room; /* of the replay buffer; negative with control frames beyond it */
@@ -76,7 +72,7 @@ typedef struct {
     Sent *sent; /* a ring of MOST_SENT */
     int first, sent_count;
     int blocked; /* the link takes nothing more; `unsent` is what is left of a write */
-    Pieces unsent;
+    Pieces unsent; /* as its socket takes it: encrypted, where the link is */
     unsigned char ack[ACK_FRAME]; /* what `unsent` may have of an ACK; and of CREDITs: */
     unsigned char credits[CREDIT_FRAME * MOST_STREAMS + ACK_FRAME];
     int write_end;
@@ -95,21 +91,12 @@ typedef struct {
     Stream *streams;
 } Lease;
 
-/* _fastpath_pieces.c */
-void drop(Pieces *pieces);
-int append(Pieces *pieces, PyObject *owner, char *memory, Py_ssize_t length);
-PyObject *as_buffer(const Piece *piece);
-int append_buffers(PyObject *list, const Pieces *pieces);
-PyObject *as_list(const Pieces *pieces);
-int gather(Pool *pool, int fd, Py_ssize_t limit, Pieces *pieces, int most, int *ended);
-Py_ssize_t put(int fd, Pieces *pieces, int *error);
-
 /* _fastpath_carry.c */
 void watch(const Lease *lease, int fd, uint32_t events);
 void release(Lease *lease, Stream *stream);
 int from_local(Lease *lease, Stream *stream);
 int from_link(Lease *lease);
-void link_takes(Lease *lease);
+int link_takes(Lease *lease);
 int take_in(Lease *lease, const Piece *piece);
 int give_up_frame(Lease *lease);
 void deliver_all(Lease *lease);

@@ -97,6 +97,31 @@ static int acknowledge(Lease *lease, uint64_t offset)
     return 0;
 }
 
+/* An exception that waits, or none: what is called meanwhile may have its own. */
+typedef struct {
+    PyObject *type, *value, *traceback;
+} Error;
+
+static Error keep_error(void)
+{
+    Error error;
+    PyErr_Fetch(&error.type, &error.value, &error.traceback);
+    return error;
+}
+
+/* -1 with an exception: the one of what has `failed` meanwhile, or else `error`; 0 if there is none. */
+static int raise_again(Error error, int failed)
+{
+    if (!failed) {
+        PyErr_Restore(error.type, error.value, error.traceback);
+        return error.type ? -1 : 0;
+    }
+    Py_XDECREF(error.type);
+    Py_XDECREF(error.value);
+    Py_XDECREF(error.traceback);
+    return -1;
+}
+
 /* Write what is in `unsent`; what the link does not take waits until it does. */
 static void push(Lease *lease)
 {
@@ -112,6 +137,31 @@ static void push(Lease *lease)
     }
 }
 
+/*
+ * Have frames written, and encrypted before where the link is, if it was not blocked.  -1 with an exception: it
+ * can say nothing more.
+ */
+static int say(Lease *lease, Pieces *frames)
+{
+    int failed = 0;
+    if (lease->sealer) {
+        Output output = {.pool = lease->ciphers, .pieces = &lease->unsent};
+        failed = seal(lease->sealer, frames, APPLICATION_DATA, &output);
+        drop(frames);
+    } else {
+        lease->unsent = *frames;
+    }
+    if (failed) {
+        /* What follows must not be taken for what follows the frames before: the next connection repeats these. */
+        drop(&lease->unsent);
+        lease->write_end = EIO;
+        lease->over = 1;
+        return -1;
+    }
+    push(lease);
+    return 0;
+}
+
 /* An ACK, at `at`.  Returns its length. */
 static int put_ack(Lease *lease, unsigned char *at)
 {
@@ -121,11 +171,14 @@ static int put_ack(Lease *lease, unsigned char *at)
     return ACK_FRAME;
 }
 
-/* Say what is due: CREDIT, and ACK, which rides along where that is worthwhile.  See Link.data_to_send. */
-static void answer(Lease *lease)
+/*
+ * Say what is due: CREDIT, and ACK, which rides along where that is worthwhile.  See Link.data_to_send.  -1 with
+ * an exception.
+ */
+static int answer(Lease *lease)
 {
     if (lease->blocked)
-        return;
+        return 0;
     unsigned char *at = lease->credits;
     int due = 0;
     for (int i = 0; i < lease->stream_count; i++)
@@ -151,10 +204,9 @@ static void answer(Lease *lease)
         memcpy(at, sent->head, CREDIT_FRAME);
         at += CREDIT_FRAME;
     }
-    if (at > lease->credits) {
-        append(&lease->unsent, NULL, (char *)lease->credits, at - lease->credits);
-        push(lease);
-    }
+    Pieces frames = {.count = 0};
+    append(&frames, NULL, (char *)lease->credits, at - lease->credits);
+    return frames.count ? say(lease, &frames) : 0;
 }
 
 /* Do not look at a socket for which there is no credit. */
@@ -187,25 +239,26 @@ int from_local(Lease *lease, Stream *stream)
     if ((uint64_t)most > stream->limit - stream->sent)
         most = stream->limit - stream->sent;
     Pieces pieces = {.count = 0};
-    /* An ACK and a header go in front. */
-    int failed = gather(lease->pool, stream->fd, most, &pieces, MOST_PIECES - 2, &stream->read_end);
+    Output output = {.pool = lease->pool, .pieces = &pieces};
+    int failed = gather(&output, stream->fd, most, READ_ROOM, READ_AGAIN, &stream->read_end) < 0;
     if (failed || stream->read_end)
         lease->over = 1;
-    if (pieces.count) {
-        Sent *sent = keep(lease, HEADER + pieces.length);
-        sent->head_length = HEADER;
-        put_header(sent->head, DATA, stream->id, pieces.length);
-        sent->payload = pieces;
-        stream->sent += pieces.length;
-        lease->carried += pieces.length;
-        if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE)
-            append(&lease->unsent, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
-        append(&lease->unsent, NULL, (char *)sent->head, HEADER);
-        for (int i = 0; i < pieces.count; i++)
-            append(&lease->unsent, pieces.piece[i].owner, pieces.piece[i].memory, pieces.piece[i].length);
-        push(lease);
-    }
-    return failed;
+    if (!pieces.count)
+        return failed ? -1 : 0;
+    Sent *sent = keep(lease, HEADER + pieces.length);
+    sent->head_length = HEADER;
+    put_header(sent->head, DATA, stream->id, pieces.length);
+    sent->payload = pieces;
+    stream->sent += pieces.length;
+    lease->carried += pieces.length;
+    Pieces frames = {.count = 0};
+    if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE)
+        append(&frames, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
+    append(&frames, NULL, (char *)sent->head, HEADER);
+    for (int i = 0; i < pieces.count; i++)
+        append(&frames, pieces.piece[i].owner, pieces.piece[i].memory, pieces.piece[i].length);
+    Error error = keep_error();
+    return raise_again(error, say(lease, &frames));
 }
 
 static Stream *stream_of(Lease *lease, uint32_t id)
@@ -374,39 +427,76 @@ void deliver_all(Lease *lease)
         deliver(lease, &lease->streams[i]);
 }
 
-/* Say what is due, and have those watched again who may send. */
-static void go_on(Lease *lease)
+/* Say what is due, and have those watched again who may send.  -1 with an exception. */
+static int go_on(Lease *lease)
 {
-    answer(lease);
+    if (answer(lease))
+        return -1;
     for (int i = 0; i < lease->stream_count && !lease->blocked; i++)
         if (lease->streams[i].held && lease->streams[i].sent < lease->streams[i].limit)
             release(lease, &lease->streams[i]);
+    return 0;
+}
+
+/* Leave what was received to Python, as it is.  -1 with an exception. */
+static int leave_encrypted(Lease *lease, const Piece *piece)
+{
+    if (!piece->length)
+        return 0;
+    PyObject *buffer = as_buffer(piece);
+    int failed = !buffer || PyList_Append(lease->unread, buffer);
+    Py_XDECREF(buffer);
+    return failed ? -1 : 0;
+}
+
+/* Take in what was received encrypted, up to a record that is not data.  -1 with an exception. */
+static int decrypt(Lease *lease, const Piece *piece)
+{
+    if (lease->unread)
+        return leave_encrypted(lease, piece);
+    Pieces plain = {.count = 0};
+    Output output = {.pool = lease->pool, .pieces = &plain};
+    Py_ssize_t used;
+    int failed = open_records(lease->opener, lease->wrong_tag, piece->memory, piece->length, &used, &output,
+                              &lease->odd);
+    for (int i = 0; i < plain.count && !failed; i++)
+        failed = take_in(lease, &plain.piece[i]);
+    drop(&plain);
+    if (failed)
+        return -1;
+    if (!lease->odd.alert && !lease->odd.type)
+        return 0;
+    lease->over = 1;
+    if (!(lease->unread = PyList_New(0)))
+        return -1;
+    Piece rest = {piece->owner, piece->memory + used, piece->length - used};
+    return leave_encrypted(lease, &rest);
 }
 
 /* The link has something.  -1 with an exception. */
 int from_link(Lease *lease)
 {
     Pieces pieces = {.count = 0};
-    int failed = gather(lease->pool, lease->fd, lease->link_turn, &pieces, MOST_PIECES, &lease->read_end);
+    Output output = {.pool = lease->opener ? lease->ciphers : lease->pool, .pieces = &pieces};
+    int failed = gather(&output, lease->fd, lease->link_turn, READ_ROOM, READ_AGAIN, &lease->read_end) < 0;
+    Error error = keep_error();
     int lost = 0;
     for (int i = 0; i < pieces.count && !lost; i++) /* what was read before it failed, too */
-        lost = take_in(lease, &pieces.piece[i]);
+        lost = lease->opener ? decrypt(lease, &pieces.piece[i]) : take_in(lease, &pieces.piece[i]);
     drop(&pieces);
     deliver_all(lease);
-    if (lost) {
-        failed = lost;
+    if (lost)
         lease->read_end = EIO; /* the connection cannot go on without what is lost: the next one repeats it */
-    }
-    if (failed || lease->read_end)
+    if (failed || lost || lease->read_end)
         lease->over = 1;
-    if (!failed)
-        go_on(lease);
-    return failed;
+    if (raise_again(error, lost))
+        return -1;
+    return go_on(lease);
 }
 
-/* The link takes something again. */
-void link_takes(Lease *lease)
+/* The link takes something again.  -1 with an exception. */
+int link_takes(Lease *lease)
 {
     push(lease);
-    go_on(lease);
+    return go_on(lease);
 }

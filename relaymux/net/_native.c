@@ -138,6 +138,8 @@ PyObject *view_of(Lent *lent, Py_ssize_t start, Py_ssize_t length, int readonly)
 char *room_in(Pool *pool, Py_ssize_t minimum, Py_ssize_t *length)
 {
     Py_ssize_t size = pool->store->size;
+    if (pool->current && Py_REFCNT(pool->current) == 1)
+        pool->filled = 0; /* nobody has a view of it: the same memory again is still in the caches */
     if (!pool->current || size - pool->filled < minimum) {
         /* Given back first: if nobody has a view of it, it is the next one. */
         Py_CLEAR(pool->current);
@@ -156,19 +158,6 @@ static PyObject *take_from(Pool *pool, Py_ssize_t count)
     if (view)
         pool->filled += count;
     return view;
-}
-
-/* The same, appended to a list; nothing is appended for no bytes. */
-int take_into(Pool *pool, Py_ssize_t count, PyObject *list)
-{
-    if (!count)
-        return 0;
-    PyObject *view = take_from(pool, count);
-    if (!view)
-        return -1;
-    int failed = PyList_Append(list, view);
-    Py_DECREF(view);
-    return failed;
 }
 
 static PyObject *pool_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
@@ -236,17 +225,76 @@ static PyObject *pool_take(Pool *pool, PyObject *argument)
     return begin_use(pool) ? NULL : end_use(pool, take_from(pool, count));
 }
 
+/* Pass on what was put into the room.  -1 with an exception. */
+int output_take(Output *output)
+{
+    Pool *pool = output->pool;
+    Py_ssize_t count = output->filled;
+    output->room += count;
+    output->length -= count;
+    output->filled = 0;
+    if (!count)
+        return 0;
+    if (output->pieces) {
+        if (append(output->pieces, (PyObject *)pool->current, pool->current->memory + pool->filled, count)) {
+            PyErr_SetString(PyExc_BufferError, "too many pieces");
+            return -1;
+        }
+        pool->filled += count;
+        return 0;
+    }
+    PyObject *view = take_from(pool, count);
+    if (!view)
+        return -1;
+    int failed = PyList_Append(output->views, view);
+    Py_DECREF(view);
+    return failed;
+}
+
 /* Have `minimum` bytes free.  Returns where they begin; NULL with an exception. */
 unsigned char *output_room(Output *output, Py_ssize_t minimum)
 {
     if (output->length - output->filled < minimum) {
-        if (take_into(output->pool, output->filled, output->views))
+        if (output_take(output))
             return NULL;
-        output->length = output->filled = 0;
         if (!(output->room = room_in(output->pool, minimum, &output->length)))
             return NULL;
     }
     return (unsigned char *)output->room + output->filled;
+}
+
+/*
+ * Read up to `limit` bytes of a socket, in rooms of `minimum` at least, and again as long as a read brings
+ * `again`.  Returns how many there were, and sets `ended`: -1 at the end of input, an error where there is
+ * one, else 0.  -1 with an exception.
+ */
+Py_ssize_t gather(Output *output, int fd, Py_ssize_t limit, Py_ssize_t minimum, Py_ssize_t again, int *ended)
+{
+    Py_ssize_t total = 0;
+    *ended = 0;
+    while (total < limit) {
+        unsigned char *room = output_room(output, minimum);
+        if (!room)
+            return -1;
+        Py_ssize_t space = output->length - output->filled;
+        if (space > limit - total)
+            space = limit - total;
+        ssize_t count = recv(fd, room, space, MSG_DONTWAIT);
+        if (count < 0 && errno == EINTR)
+            continue; /* it does not wait, so signals have their turn soon */
+        if (count <= 0) {
+            if (!count)
+                *ended = -1;
+            else if (errno != EAGAIN && errno != EWOULDBLOCK)
+                *ended = errno;
+            break;
+        }
+        output->filled += count;
+        total += count;
+        if (count < again && count < space)
+            break;
+    }
+    return output_take(output) ? -1 : total;
 }
 
 static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs)
@@ -262,7 +310,7 @@ static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs
         PyErr_Clear(); /* it is closed */
         return Py_BuildValue("([]ii)", 0, EBADF);
     }
-    Py_ssize_t left = PyLong_AsSsize_t(args[1]), minimum = PyLong_AsSsize_t(args[2]);
+    Py_ssize_t limit = PyLong_AsSsize_t(args[1]), minimum = PyLong_AsSsize_t(args[2]);
     Py_ssize_t again = PyLong_AsSsize_t(args[3]);
     if (PyErr_Occurred() || check_minimum(pool, minimum))
         return NULL;
@@ -271,42 +319,13 @@ static PyObject *pool_gather(Pool *pool, PyObject *const *args, Py_ssize_t nargs
         Py_XDECREF(output.views);
         return NULL;
     }
-    Py_ssize_t total = 0;
-    int ended = 0;
-    while (left > 0) {
-        unsigned char *room = output_room(&output, minimum);
-        if (!room)
-            goto fail;
-        Py_ssize_t space = output.length - output.filled;
-        if (space > left)
-            space = left;
-        ssize_t count = recv(fd, room, space, MSG_DONTWAIT);
-        if (count < 0) {
-            if (errno == EINTR) {
-                if (PyErr_CheckSignals())
-                    goto fail;
-                continue;
-            }
-            if (errno != EAGAIN && errno != EWOULDBLOCK)
-                ended = errno;
-            break;
-        }
-        if (!count) {
-            ended = -1;
-            break;
-        }
-        output.filled += count;
-        total += count;
-        left -= count;
-        if (count < again && count < space)
-            break;
+    int ended;
+    Py_ssize_t total = gather(&output, fd, limit, minimum, again, &ended);
+    if (total < 0) {
+        Py_DECREF(output.views);
+        return end_use(pool, NULL);
     }
-    if (take_into(pool, output.filled, output.views))
-        goto fail;
     return end_use(pool, Py_BuildValue("(Nni)", output.views, total, ended));
-fail:
-    Py_DECREF(output.views);
-    return end_use(pool, NULL);
 }
 
 static PyObject *pool_size(Pool *pool, void *closure)

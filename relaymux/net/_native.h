@@ -38,10 +38,27 @@ typedef struct {
     int in_use; /* by a call that has not returned */
 } Pool;
 
-/* Where a call puts its results: rooms of a pool one after the other, and views of what they hold. */
+/* Bytes in memory that `owner` keeps. */
+typedef struct {
+    PyObject *owner; /* a Lent, or a memoryview; NULL for memory that lasts longer than the piece */
+    char *memory;
+    Py_ssize_t length;
+} Piece;
+
+/* What is written at once may be in so many pieces. */
+#define MOST_PIECES 12
+
+typedef struct {
+    Piece piece[MOST_PIECES];
+    int count;
+    Py_ssize_t length;
+} Pieces;
+
+/* Where a call puts its results: rooms of a pool one after the other, and what they hold. */
 typedef struct {
     Pool *pool;
-    PyObject *views;
+    PyObject *views; /* a list, for Python; or */
+    Pieces *pieces;
     char *room;
     Py_ssize_t length, filled;
 } Output;
@@ -53,9 +70,36 @@ int begin_use(Pool *pool);
 PyObject *end_use(Pool *pool, PyObject *result);
 PyObject *view_of(Lent *lent, Py_ssize_t start, Py_ssize_t length, int readonly);
 char *room_in(Pool *pool, Py_ssize_t minimum, Py_ssize_t *length);
-int take_into(Pool *pool, Py_ssize_t count, PyObject *list);
 int check_minimum(Pool *pool, Py_ssize_t minimum);
 unsigned char *output_room(Output *output, Py_ssize_t minimum);
+int output_take(Output *output);
+Py_ssize_t gather(Output *output, int fd, Py_ssize_t limit, Py_ssize_t minimum, Py_ssize_t again, int *ended);
+
+/* _pieces.c */
+void drop(Pieces *pieces);
+int append(Pieces *pieces, PyObject *owner, char *memory, Py_ssize_t length);
+PyObject *as_buffer(const Piece *piece);
+int append_buffers(PyObject *list, const Pieces *pieces);
+PyObject *as_list(const Pieces *pieces);
+Py_ssize_t put(int fd, Pieces *pieces, int *error);
+
+/* _records.c */
+#define APPLICATION_DATA 23 /* a kind of record (RFC 8446, B.1) */
+
+typedef struct Records Records;
+
+/* A record that is no application data: what it is, and what it says; or the alert for one that may not be. */
+typedef struct {
+    int alert, type;
+    PyObject *message;
+} Odd;
+
+extern PyTypeObject SealerType, OpenerType;
+
+void use_records(Records *records, int use);
+int seal(Records *sealer, const Pieces *plain, int type, Output *output);
+int open_records(Records *opener, PyObject *wrong_tag, char *data, Py_ssize_t length, Py_ssize_t *used,
+                 Output *output, Odd *odd);
 
 /* Each part adds its own to the module; -1 with an exception. */
 int add_records(PyObject *module);

@@ -99,6 +99,13 @@ class Lease:
             read of the link.
         @param streams: how many will be added at most.
         """
+    def encrypt(self, sealer: Sealer, opener: Opener, pool: BufferPool, wrong_tag: type[Exception]) -> None:
+        """
+        The link is one with TLS.
+
+        @param pool: for encrypted bytes; not the one for plain ones.
+        @param wrong_tag: as of L{Opener.open}.
+        """
     def add(
         self,
         stream_id: int,
@@ -144,6 +151,7 @@ class Lease:
         list[tuple[int, int, int, int, int, int, int, list[Buffer], int, int]],
         int,
         int,
+        tuple[int, int, bytes | None, list[memoryview]] | None,
     ]:
         """
         Take everything back.
@@ -151,7 +159,9 @@ class Lease:
         @return: sequenced bytes sent; how many were acknowledged; sequenced bytes received; of how
             many the peer knows; the frames that were not acknowledged, with their ends; what the
             link has not taken; what was received and not understood; how the link's input ended;
-            the streams; why the link takes no more; payload bytes carried.  A stream is its id;
+            the streams; why the link takes no more; payload bytes carried; and the record that is no
+            application data, if one has ended the lease: alert, kind and content as of L{Opener.open},
+            and what has arrived behind it.  A stream is its id;
             bytes sent; the credit for all; how many of all were delivered; bytes received, and
             consumed; the credit for all; what its socket has not taken; how its
             input ended; why it takes no more.

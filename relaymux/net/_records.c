@@ -20,8 +20,7 @@
 
 #define NONCE 12
 
-/* A kind of record, and alerts (B.1, B.2). */
-enum { APPLICATION_DATA = 23 };
+/* Alerts (B.2). */
 enum { UNEXPECTED_MESSAGE = 10, BAD_RECORD_MAC = 20, RECORD_OVERFLOW = 22 };
 
 /* Shows a cipher whatever memory its owner points it at, so that no record needs objects of its own. */
@@ -62,7 +61,7 @@ static PyTypeObject WindowType = {
 enum { THE_NONCE, THE_INPUT, THE_HEADER, THE_OUTPUT, ARGUMENTS };
 
 /* The records of one direction under one key. */
-typedef struct {
+struct Records {
     PyObject_HEAD
     PyObject *cipher; /* what encrypts or decrypts into given memory */
     Window *windows[ARGUMENTS];
@@ -72,7 +71,7 @@ typedef struct {
     int filled;
     int in_use; /* by a call that has not returned: a cipher may release the GIL */
     unsigned char record[HEADER + CIPHERTEXT];
-} Records;
+};
 
 static void records_dealloc(Records *records)
 {
@@ -151,6 +150,12 @@ static int protect(Records *records, void *header, void *input, Py_ssize_t input
     return 0;
 }
 
+/* Between the two nobody else makes or reads records with it. */
+void use_records(Records *records, int use)
+{
+    records->in_use = use;
+}
+
 static int begin_records(Records *records, Pool *pool)
 {
     if (records->in_use) {
@@ -198,12 +203,12 @@ static int seal_record(Records *records, unsigned char *plain, int length, int t
 }
 
 /*
- * The end of the pool's buffer that a piece is a view of; NULL if it is not, or if records
+ * The end of the pool's buffer that `owner` keeps, or is a view of; NULL if it is not one, or if records
  * are put into that very buffer: the byte behind the piece may be the first of one.
  */
-static const char *end_of_buffer(PyObject *piece, const Pool *output)
+static const char *end_of_buffer(PyObject *owner, const Pool *output)
 {
-    PyObject *base = PyMemoryView_Check(piece) ? PyMemoryView_GET_BASE(piece) : NULL;
+    PyObject *base = owner && PyMemoryView_Check(owner) ? PyMemoryView_GET_BASE(owner) : owner;
     if (!base || !Py_IS_TYPE(base, &LentType) || base == (PyObject *)output->current)
         return NULL;
     Lent *lent = (Lent *)base;
@@ -211,10 +216,10 @@ static const char *end_of_buffer(PyObject *piece, const Pool *output)
 }
 
 /* Encrypt a piece, but for what does not fill a record. */
-static int seal_piece(Records *records, const Py_buffer *data, const char *end, int type, Output *output)
+static int seal_piece(Records *records, char *next, Py_ssize_t left, PyObject *owner, int type, Output *output)
 {
-    char *next = data->buf;
-    for (Py_ssize_t left = data->len; left;) {
+    const char *end = end_of_buffer(owner, output->pool);
+    while (left) {
         if (!records->filled && left >= RECORD && end && next + RECORD < end) {
             /* In place.  The byte behind belongs to the pool, too, and nobody looks at it meanwhile. */
             char borrowed = next[RECORD];
@@ -241,6 +246,27 @@ static int seal_piece(Records *records, const Py_buffer *data, const char *end, 
     return 0;
 }
 
+/* The end of what is to be encrypted.  -1 with an exception. */
+static int seal_rest(Records *records, int type, Output *output)
+{
+    if (records->filled && seal_record(records, records->record, records->filled, type, output))
+        return -1;
+    records->filled = 0;
+    return output_take(output);
+}
+
+/* Encrypt all of them; records are full, but for the last one.  -1 with an exception. */
+int seal(Records *records, const Pieces *plain, int type, Output *output)
+{
+    records->filled = 0;
+    for (int i = 0; i < plain->count; i++) {
+        const Piece *piece = &plain->piece[i];
+        if (seal_piece(records, piece->memory, piece->length, piece->owner, type, output))
+            return -1;
+    }
+    return seal_rest(records, type, output);
+}
+
 static PyObject *sealer_seal(Records *records, PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != 3) {
@@ -265,13 +291,11 @@ static PyObject *sealer_seal(Records *records, PyObject *const *args, Py_ssize_t
         Py_buffer data;
         if ((failed = PyObject_GetBuffer(piece, &data, PyBUF_SIMPLE)))
             break;
-        failed = seal_piece(records, &data, end_of_buffer(piece, output.pool), type, &output);
+        failed = seal_piece(records, data.buf, data.len, piece, type, &output);
         PyBuffer_Release(&data);
     }
-    if (!failed && records->filled)
-        failed = seal_record(records, records->record, records->filled, type, &output);
     if (!failed)
-        failed = take_into(output.pool, output.filled, output.views);
+        failed = seal_rest(records, type, &output);
     Py_DECREF(pieces);
     if (failed)
         Py_CLEAR(output.views);
@@ -318,6 +342,55 @@ static unsigned char *next_record(Records *records, unsigned char *data, Py_ssiz
     }
 }
 
+/*
+ * Decrypt `length` bytes that have arrived, up to a record that is no application data, or not as it should be:
+ * sets how many were used, and what is odd.  -1 with an exception.
+ */
+int open_records(Records *records, PyObject *wrong_tag, char *data, Py_ssize_t length, Py_ssize_t *used,
+                 Output *output, Odd *odd)
+{
+    int size;
+    unsigned char *record;
+    *used = 0;
+    *odd = (Odd){0};
+    while (!odd->type &&
+           (record = next_record(records, (unsigned char *)data, length, used, &size, &odd->alert))) {
+        int inner = size - TAG;
+        unsigned char *room = output_room(output, CIPHERTEXT);
+        if (!room)
+            goto fail;
+        if (protect(records, record, record + HEADER, size, room, inner)) {
+            if (!PyErr_ExceptionMatches(wrong_tag))
+                goto fail;
+            PyErr_Clear();
+            odd->alert = BAD_RECORD_MAC;
+            break;
+        }
+        if (inner > RECORD + 1) {
+            odd->alert = RECORD_OVERFLOW;
+            break;
+        }
+        while (inner && !room[inner - 1])
+            inner--; /* padding */
+        if (!inner--) {
+            odd->alert = UNEXPECTED_MESSAGE;
+            break;
+        }
+        if (room[inner] == APPLICATION_DATA) {
+            output->filled += inner;
+            continue;
+        }
+        odd->type = room[inner];
+        if (!(odd->message = PyBytes_FromStringAndSize((char *)room, inner)))
+            goto fail;
+    }
+    if (!output_take(output))
+        return 0;
+fail:
+    Py_CLEAR(odd->message);
+    return -1;
+}
+
 static PyObject *opener_open(Records *records, PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != 3) {
@@ -328,57 +401,23 @@ static PyObject *opener_open(Records *records, PyObject *const *args, Py_ssize_t
     Py_buffer data;
     if (!output.pool || PyObject_GetBuffer(args[1], &data, PyBUF_SIMPLE))
         return NULL;
-    PyObject *message = NULL;
     output.views = PyList_New(0);
     if (!output.views || begin_records(records, output.pool)) {
         PyBuffer_Release(&data);
         Py_XDECREF(output.views);
         return NULL;
     }
-    Py_ssize_t used = 0;
-    int type = 0, alert = 0, size;
-    unsigned char *record;
-    while (!type && (record = next_record(records, data.buf, data.len, &used, &size, &alert))) {
-        int inner = size - TAG;
-        unsigned char *room = output_room(&output, CIPHERTEXT);
-        if (!room)
-            goto fail;
-        if (protect(records, record, record + HEADER, size, room, inner)) {
-            if (!PyErr_ExceptionMatches(args[2]))
-                goto fail;
-            PyErr_Clear();
-            alert = BAD_RECORD_MAC;
-            break;
-        }
-        if (inner > RECORD + 1) {
-            alert = RECORD_OVERFLOW;
-            break;
-        }
-        while (inner && !room[inner - 1])
-            inner--; /* padding */
-        if (!inner--) {
-            alert = UNEXPECTED_MESSAGE;
-            break;
-        }
-        if (room[inner] == APPLICATION_DATA) {
-            output.filled += inner;
-            continue;
-        }
-        type = room[inner];
-        if (!(message = PyBytes_FromStringAndSize((char *)room, inner)))
-            goto fail;
+    Py_ssize_t used;
+    Odd odd;
+    int failed = open_records(records, args[2], data.buf, data.len, &used, &output, &odd);
+    PyBuffer_Release(&data);
+    if (failed) {
+        Py_DECREF(output.views);
+        return end_records(records, output.pool, NULL);
     }
-    if (take_into(output.pool, output.filled, output.views))
-        goto fail;
-    PyBuffer_Release(&data);
-    if (!message)
-        message = Py_NewRef(Py_None);
-    return end_records(records, output.pool, Py_BuildValue("(NniiN)", output.views, used, alert, type, message));
-fail:
-    PyBuffer_Release(&data);
-    Py_XDECREF(message);
-    Py_DECREF(output.views);
-    return end_records(records, output.pool, NULL);
+    PyObject *message = odd.message ? odd.message : Py_NewRef(Py_None);
+    return end_records(records, output.pool,
+                       Py_BuildValue("(NniiN)", output.views, used, odd.alert, odd.type, message));
 }
 
 static PyGetSetDef records_attributes[] = {
@@ -407,7 +446,7 @@ static PyTypeObject RecordsType = {
     .tp_getset = records_attributes,
 };
 
-static PyTypeObject SealerType = {
+PyTypeObject SealerType = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "relaymux.net._native.Sealer",
     .tp_base = &RecordsType,
@@ -415,7 +454,7 @@ static PyTypeObject SealerType = {
     .tp_methods = sealer_methods,
 };
 
-static PyTypeObject OpenerType = {
+PyTypeObject OpenerType = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "relaymux.net._native.Opener",
     .tp_base = &RecordsType,

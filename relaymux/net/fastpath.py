@@ -29,6 +29,7 @@ from relaymux.net.link import LinkProtocol
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import SessionStreams
+from relaymux.net.tlssockets import TLSTransport
 from relaymux.net.turns import LONG_TURN, turns_for
 
 __all__ = ["FastPath", "lease_of"]
@@ -67,12 +68,12 @@ class _Way:
         self,
         lease: Any,
         link: LinkProtocol,
-        socket: SocketTransport,
+        transport: SocketTransport | TLSTransport,
         streams: dict[int, tuple[StreamTransport, SocketTransport]],
     ) -> None:
         self.lease = lease
         self.link = link
-        self.socket = socket
+        self.transport = transport
         self.streams = streams
         # What it came to.
         self.events: list[Event] = []
@@ -127,7 +128,7 @@ class FastPath:
 
     def add(self, link: LinkProtocol, streams: SessionStreams) -> None:
         """C{link} carries a session, with C{streams}."""
-        if native is not None and link.is_plain:
+        if native is not None and link.lends:
             self._links[link] = streams
 
     def remove(self, link: LinkProtocol) -> None:
@@ -184,27 +185,27 @@ class FastPath:
 
     def _lease(self, link: LinkProtocol, epoll: int) -> _Way | None:
         """@return: a lease of C{link}, which is not fed yet, if there is something to carry."""
-        socket, streams = link.lend(), self._links[link]
+        transport, streams = link.lend(), self._links[link]
         session = link.link.session
-        if socket is None or session is None or session is not streams.session:
+        if transport is None or session is None or session is not streams.session:
             return None
         found = streams.carried()
         if not found:
             return None
-        lease = lease_of(link.link, session, pool_for(self._reactor), socket.fileno(), epoll, len(found))
+        lease = lease_of(link.link, session, pool_for(self._reactor), transport.fileno(), epoll, len(found))
         members = {}
         share = grant_share(session)
-        for transport, local in found:
-            stream = session.streams.get(transport.stream_id)
+        for carried, local in found:
+            stream = session.streams.get(carried.stream_id)
             if stream is None:
                 continue
-            reads = transport.takes_directly and local.is_read
-            writes = transport.gives_directly and local.takes_more
+            reads = carried.takes_directly and local.is_read
+            writes = carried.gives_directly and local.takes_more
             if not (reads or writes):
                 continue
             send, window = stream.send, stream.receive.window
             if not lease.add(
-                transport.stream_id,
+                carried.stream_id,
                 local.fileno(),
                 reads,
                 writes,
@@ -213,16 +214,18 @@ class FastPath:
                 (window.received, window.consumed, window.granted, window.size, window.size // share),
             ):
                 break
-            members[transport.stream_id] = (transport, local)
+            members[carried.stream_id] = (carried, local)
         if not members:
             return None
-        owed, taken = socket.hand_over(), False
+        if isinstance(transport, TLSTransport):
+            lease.encrypt(*transport.keys())
+        owed, taken = transport.hand_over(), False
         try:
             taken = lease.owe(owed)
         finally:
             if not taken:
-                socket.take_over(owed, 0)
-        return _Way(lease, link, socket, members) if taken else None
+                transport.take_over(owed, 0)
+        return _Way(lease, link, transport, members) if taken else None
 
     def _settle(self, ways: list[_Way]) -> int:
         """
@@ -256,13 +259,13 @@ class FastPath:
         """Tell others what has happened in a lease, and have Python go on with the rest."""
         for local, read_end in way.read_ends:
             local.take_back((), read_end)
-        way.socket.go_on()
+        way.transport.go_on()
         way.link.carried(way.events)
-        way.socket.take_back(way.left, way.read_end)
+        way.transport.take_back(way.left, way.read_end)
 
     def _take(self, way: _Way, now: float) -> None:
         """Nothing that is called here calls anybody else."""
-        end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried = (
+        end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried, odd = (
             way.lease.settle()
         )
         link = way.link
@@ -272,7 +275,9 @@ class FastPath:
             session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, now)
         way.events = link.link.carried(sent, end, acknowledged, rx_next, told, now)
         # Before anybody can have something to say: what is left of a frame comes first.
-        way.socket.take_over(unsent, write_end)
+        way.transport.take_over(unsent, write_end)
+        if isinstance(way.transport, TLSTransport):
+            way.transport.take_back_keys(odd)
         for stream_id, out, _, _, _, consumed, _, untaken, read, write in streams:
             stream, local = way.streams[stream_id]
             assert stream.carrier is not None

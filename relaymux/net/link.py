@@ -37,6 +37,7 @@ from relaymux.interfaces import (
     IIdentifiedTransport,
 )
 from relaymux.net.sockets import SocketTransport
+from relaymux.net.tlssockets import TLSTransport
 from relaymux.net.turns import turns_for
 
 __all__ = ["LinkListener", "LinkOwner", "LinkProtocol"]
@@ -111,7 +112,7 @@ class LinkProtocol:
         self._lost = False
         self._told = False
         self._buffer_transport: IBufferTransport | None = None
-        self._socket: SocketTransport | None = None
+        self._lender: SocketTransport | TLSTransport | None = None
         self._expecting_transport: IExpectingTransport | None = None
         self._timer: IDelayedCall | None = None
         self._timer_at = NEVER
@@ -147,8 +148,8 @@ class LinkProtocol:
         self.link = self._make_link(self)
         if IBufferTransport.providedBy(self.transport):
             self._buffer_transport = self.transport
-        if isinstance(self.transport, SocketTransport):
-            self._socket = self.transport
+        if isinstance(self.transport, (SocketTransport, TLSTransport)):
+            self._lender = self.transport
         if IExpectingTransport.providedBy(self.transport):
             self._expecting_transport = self.transport
         self.transport.registerProducer(self, True)
@@ -235,16 +236,17 @@ class LinkProtocol:
         self.flush()
 
     @property
-    def is_plain(self) -> bool:
-        """Whether what it sends is what its socket does."""
-        return self._socket is not None
+    def lends(self) -> bool:
+        """Whether the fast path can ever read and write in place of its transport."""
+        lender = self._lender
+        return lender is not None and (isinstance(lender, SocketTransport) or lender.lends)
 
-    def lend(self) -> SocketTransport | None:
-        """@return: its socket, if the fast path may read and write it now."""
-        socket = self._socket
-        if socket is None or self._receiving or self._flushing or self._closing or self._soon:
+    def lend(self) -> SocketTransport | TLSTransport | None:
+        """@return: its transport, if the fast path may read and write in its place now."""
+        lender = self._lender
+        if lender is None or self._receiving or self._flushing or self._closing or self._soon:
             return None
-        return socket if socket.is_read and socket.is_written and self.link.at_rest else None
+        return lender if lender.is_read and lender.is_written and self.link.at_rest else None
 
     def carried(self, events: Sequence[Event]) -> None:
         """The fast path has done what we would have; C{events} came of it."""

@@ -33,6 +33,10 @@ __all__ = ["KEY_RECORDS", "RecordEngine", "prepare", "take_over"]
 #: is safe by a wide margin (RFC 8446, 5.5).  Some 256 GiB.
 KEY_RECORDS = 2**24
 
+#: Records that the fast path may send before they are counted here: many times what a lease
+#: (L{relaymux.net.fastpath.LEASE_SECONDS}) has time for.
+LENT_RECORDS = 2**16
+
 #: New keys that a peer may take without sending anything between them.
 _UPDATES: Final = 32
 
@@ -120,6 +124,7 @@ class RecordEngine(Engine):
         self._updates = 0
         self._update_due = False
         self._closed = False
+        self._read_before = 0  # records, when the keys were lent
 
     def _new_sealer(self, sent: int = 0) -> Any:
         assert native is not None
@@ -197,19 +202,31 @@ class RecordEngine(Engine):
                     self._check_alone()
                     self._updates = 0
                     views += plain
-                if alert:
-                    raise _Break(alert, _ALERTS[alert])
-                if kind:
-                    self._control(kind, message)
+                self._judge(alert, kind, message)
             except _Break as broken:
-                self.error = _error(str(broken))
-                self._send_fatal(broken.alert)
+                self._break(broken)
             if self.error is not None:
                 self._fed.clear()
                 return
             if used == len(data):
                 return
             data = data[used:]
+
+    def _judge(self, alert: int, kind: int, message: bytes | None) -> None:
+        """
+        A record has arrived that is no application data, or that may not be; or neither.
+
+        @raise _Break: it may not be.
+        """
+        if alert:
+            raise _Break(alert, _ALERTS[alert])
+        if kind:
+            assert message is not None
+            self._control(kind, message)
+
+    def _break(self, broken: _Break) -> None:
+        self.error = _error(str(broken))
+        self._send_fatal(broken.alert)
 
     def read_into(self, room: memoryview) -> int:
         if not self._plain:
@@ -223,6 +240,59 @@ class RecordEngine(Engine):
             if part < len(view):
                 self._plain.appendleft(view[part:])
         return count
+
+    # Lending the keys
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether there is nothing but data to send and to read for a while: then another one may do so."""
+        return not (
+            self._outgoing
+            or self._fed
+            or self._plain
+            or self._message
+            or self._update_due
+            or self._closed
+            or self._broken
+            or self.error is not None
+            or self._sealer.records >= KEY_RECORDS - LENT_RECORDS
+        )
+
+    def lend(self) -> tuple[Any, Any, BufferPool, type[Exception]]:
+        """
+        Have another one protect our records, until L{take_back}.
+
+        @return: what seals and opens them, where what is encrypted goes, and what a wrong tag raises.
+        """
+        self._read_before = self._opener.records
+        return self._sealer, self._opener, self.pool, InvalidTag
+
+    def stop(self) -> None:
+        """Something was left out of what was to be sent or read: nothing may follow it."""
+        self._broken = True
+
+    def take_back(self, odd: tuple[int, int, bytes | None, list[memoryview]] | None) -> None:
+        """
+        Go on in place of one who has read data.
+
+        @param odd: the record that is no data, or may not be, as of L{_judge}; and what was received
+            behind it.
+        """
+        if self._opener.records - self._read_before > (odd is not None):
+            self._updates = 0
+        if odd is None:
+            return
+        alert, kind, message, unread = odd
+        try:
+            self._judge(alert, kind, message)
+        except _Break as broken:
+            self._break(broken)
+        if self.error is None:
+            self._fed.extend(unread)
+
+    def unread(self, plain: Sequence[Buffer]) -> None:
+        """C{plain} was read, and is still to be passed on, before all else."""
+        self._plain.extend(memoryview(data) for data in plain)
 
     # What is not data
 

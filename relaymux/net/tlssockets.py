@@ -44,6 +44,7 @@ from zope.interface import classImplements
 
 from relaymux.errors import TransportError
 from relaymux.interfaces import (
+    Buffer,
     IBufferReceiver,
     IBufferTransport,
     IExpectingTransport,
@@ -57,7 +58,7 @@ from relaymux.net.sockets import SocketTransport
 from relaymux.net.tlscontext import TLSIdentity
 from relaymux.net.tlsengine import RECORD, make_engine
 from relaymux.net.tlserrors import handshake_error, lost_error
-from relaymux.net.tlsrecords import take_over
+from relaymux.net.tlsrecords import RecordEngine, take_over
 from relaymux.net.tlswriting import EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
@@ -153,6 +154,7 @@ class TLSTransport(EncryptingConsumer):
         connection, self._check = identity.connection(is_server=is_server)
         super().__init__(reactor, make_engine(connection, cipher_pool))
         self._protocol: IProtocol | None = None
+        self._records: RecordEngine | None = None  # the engine, if it is one whose keys can be lent
         self._paused = False
         self._undelivered = False
         self._timer: IDelayedCall | None = None
@@ -195,7 +197,8 @@ class TLSTransport(EncryptingConsumer):
                 _log.failure("exception while checking {peer}", peer=self._peer)
             self._fail(handshake_error(error, self._check.problem, self._peer, self._certificate))
             return
-        self._engine = take_over(self._engine, is_server=self._is_server)
+        self._engine = engine = take_over(self._engine, is_server=self._is_server)
+        self._records = engine if isinstance(engine, RecordEngine) else None
         self._send_encrypted()
         self._cancel_timer()
         protocol = self._owner.tls_established(self) if self._check.passed else None
@@ -318,6 +321,63 @@ class TLSTransport(EncryptingConsumer):
         else:
             if not self._paused and self._is_open():
                 self._socket.resumeProducing()
+
+    # Lending the socket, as SocketTransport does
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def lends(self) -> bool:
+        """Whether somebody else can ever read and write in our place."""
+        return self._records is not None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether what arrives is delivered now."""
+        return self._is_open() and not self._paused and not self._undelivered and self._socket.is_read
+
+    @property
+    def is_written(self) -> bool:
+        """Whether what is written now follows what the socket has, without any word of TLS in between."""
+        at_rest = self._records is not None and self._records.at_rest
+        return at_rest and not self._queued and self._is_open() and self._socket.is_written
+
+    def keys(self) -> tuple[Any, Any, BufferPool, type[Exception]]:
+        """@return: as of L{RecordEngine.lend}, if L{lends}."""
+        assert self._records is not None
+        return self._records.lend()
+
+    def hand_over(self) -> list[Buffer]:
+        """As L{SocketTransport.hand_over}: what the kernel did not take is encrypted."""
+        self._socket.expectBytes(0)
+        return self._socket.hand_over()
+
+    def take_over(self, buffers: Sequence[Buffer], error: int) -> None:
+        """As L{SocketTransport.take_over}."""
+        if error and self._records is not None:
+            self._records.stop()
+        self._socket.take_over(buffers, error)
+        # Nobody counts the plain ones here; all that matters is whether there are some.
+        self._encrypted = self._socket.queuedBytes
+        if self._encrypted:
+            self._hold_producer()
+
+    def take_back_keys(self, odd: tuple[int, int, bytes | None, list[memoryview]] | None) -> None:
+        """As L{RecordEngine.take_back}; what comes of it, L{take_back} will tell."""
+        assert self._records is not None
+        self._records.take_back(odd)
+
+    def go_on(self) -> None:
+        """As L{SocketTransport.go_on}."""
+        self._socket.go_on()
+
+    def take_back(self, buffers: Sequence[Buffer], ended: int) -> None:
+        """As L{SocketTransport.take_back}: C{buffers} are plain."""
+        if self._records is not None and self._is_open():
+            self._records.unread(buffers)
+            self._deliver()
+        self._socket.take_back((), ended)
 
     # Ending
 

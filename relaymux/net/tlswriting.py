@@ -55,7 +55,7 @@ class EncryptingConsumer:
 
     def writeBuffers(self, buffers: Sequence[Buffer]) -> None:
         total = total_length(buffers)
-        if not total or not self.connected or self._reason is not None:
+        if not total or not self.connected or self._reason is not None or self._goodbye:
             return
         self._queue.extend(buffers)
         self._queued += total

@@ -1,14 +1,11 @@
-/* Bytes in pooled memory: put together, cut, read from sockets and written to them. */
+/* Bytes in pooled memory: put together, cut, shown to Python, and written to sockets. */
 
-#include "_fastpath.h"
+#include "_native.h"
 
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-
-/* As in relaymux/net/receiving.py. */
-#define READ_AGAIN (16 * 1024)
 
 void drop(Pieces *pieces)
 {
@@ -88,39 +85,6 @@ PyObject *as_list(const Pieces *pieces)
     if (list && append_buffers(list, pieces))
         Py_CLEAR(list);
     return list;
-}
-
-/*
- * Read up to `limit` bytes in up to `most` pieces, as pool_gather does.  Sets `ended` to -1 at the end of
- * input, to an error where there is one, else to 0.  -1 with an exception.
- */
-int gather(Pool *pool, int fd, Py_ssize_t limit, Pieces *pieces, int most, int *ended)
-{
-    *ended = 0;
-    while (limit > 0 && pieces->count < most) {
-        Py_ssize_t space;
-        char *room = room_in(pool, READ_ROOM, &space);
-        if (!room)
-            return -1;
-        if (space > limit)
-            space = limit;
-        ssize_t count = recv(fd, room, space, MSG_DONTWAIT);
-        if (count < 0 && errno == EINTR)
-            continue;
-        if (count <= 0) {
-            if (!count)
-                *ended = -1;
-            else if (errno != EAGAIN && errno != EWOULDBLOCK)
-                *ended = errno;
-            break;
-        }
-        append(pieces, (PyObject *)pool->current, room, count); /* there is place for one */
-        pool->filled += count;
-        limit -= count;
-        if (count < READ_AGAIN && count < space)
-            break;
-    }
-    return 0;
 }
 
 /*
