@@ -5,10 +5,11 @@ While nothing but bulk moves between a link and local sockets, the reactor leave
 a moment: a L{Lease} of the link and of those of its streams that may be.  Before Python sees
 the next event the lease is settled, so that nobody can tell that it was not Python who did it.
 
-What may be left to it is what needs no decision: a link of a plain socket on which nothing
-waits to be said, streams whose bytes nobody has to see, sockets that carry bulk and are not
-held up.  With somebody who talks (L{relaymux.net.turns}) there is no lease.  Without what is
-compiled, or in another reactor, all this is never used.
+What may be left to it is what needs no decision: a link of a plain socket, or of one with TLS whose
+records are ours (L{relaymux.net.tlsrecords}), on which nothing waits to be said; streams whose bytes
+nobody has to see; sockets that carry bulk and are not held up.  With somebody who talks
+(L{relaymux.net.turns}) there is no lease.  Without what is compiled, or in another reactor, all
+this is never used.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ LEASE_SECONDS: Final = 0.01
 #: Bytes to read of a link at once.  Without Python a turn costs little, and so few bytes are still in the
 #: second-level cache when they are written, and when the program reads them.
 LINK_TURN: Final = 128 * 1024
+
+#: The same where it is encrypted: what a turn costs is more then.
+ENCRYPTED_LINK_TURN: Final = 256 * 1024
 
 #: How many times as many bytes as else an ACK is for: each one wakes the other daemon.
 ACK_FACTOR: Final = 2
@@ -93,8 +97,20 @@ def grant_share(session: Session) -> int:
     return SHORT_LINE_SHARE if round_trip is not None and round_trip < SHORT_LINE else GRANT_SHARE
 
 
-def lease_of(link: Link, session: Session, pool: Any, descriptor: int, epoll: int, places: int) -> Any:
-    """@return: a lease of C{link}, without its streams as yet; C{places} of them."""
+def lease_of(
+    link: Link,
+    session: Session,
+    pool: Any,
+    descriptor: int,
+    epoll: int,
+    places: int,
+    link_turn: int = LINK_TURN,
+) -> Any:
+    """
+    @param places: for how many streams.
+    @param link_turn: bytes to read of the link at once.
+    @return: a lease of C{link}, without its streams and its keys as yet.
+    """
     replay = session.replay
     assert native is not None
     return native.Lease(
@@ -103,7 +119,7 @@ def lease_of(link: Link, session: Session, pool: Any, descriptor: int, epoll: in
         epoll,
         (replay.end, replay.acknowledged, replay.slack, replay.most_held, FRAME_COST, replay.ends),
         (session.rx_next, session.rx_acknowledged, ACK_FACTOR * session.ack_bytes, link.max_payload),
-        (min(LONG_TURN, session.longest_payload), LINK_TURN),
+        (min(LONG_TURN, session.longest_payload), link_turn),
         places,
     )
 
@@ -192,7 +208,16 @@ class FastPath:
         found = streams.carried()
         if not found:
             return None
-        lease = lease_of(link.link, session, pool_for(self._reactor), transport.fileno(), epoll, len(found))
+        tls = transport if isinstance(transport, TLSTransport) else None
+        lease = lease_of(
+            link.link,
+            session,
+            pool_for(self._reactor),
+            transport.fileno(),
+            epoll,
+            len(found),
+            LINK_TURN if tls is None else ENCRYPTED_LINK_TURN,
+        )
         members = {}
         share = grant_share(session)
         for carried, local in found:
@@ -217,8 +242,8 @@ class FastPath:
             members[carried.stream_id] = (carried, local)
         if not members:
             return None
-        if isinstance(transport, TLSTransport):
-            lease.encrypt(*transport.keys())
+        if tls is not None:
+            lease.encrypt(*tls.keys())
         owed, taken = transport.hand_over(), False
         try:
             taken = lease.owe(owed)
