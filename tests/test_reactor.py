@@ -151,6 +151,29 @@ class ReactorTests(SynchronousTestCase):
         self.run_reactor()
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
+    def test_cancelled_timers(self) -> None:
+        """Timers that are set and cancelled with every message are not kept until their time."""
+        near, near_end, far, far_end = self.pair()
+        timers: list[Any] = [self.reactor.callLater(DEADLINE, lambda: None)]
+        most = 0
+
+        def answer(transport: Any) -> Callable[[], None]:
+            def on_data() -> None:
+                nonlocal most
+                most = max(most, len(self.reactor._pendingTimedCalls))
+                timers.append(self.reactor.callLater(DEADLINE, lambda: None))
+                timers.pop(0).cancel()
+                transport.write(b"x")
+                if near_end.deliveries == 1000:
+                    self.reactor.stop()
+
+            return on_data
+
+        near_end.on_data, far_end.on_data = answer(near), answer(far)
+        self.reactor.callWhenRunning(near.write, b"x")
+        self.run_reactor()
+        self.assertLess(most, 200, "of 2000")
+
     def test_timers_beside_bulk(self) -> None:
         """What is due is called while sockets have always something to read; new timers count as well."""
         near, _, _, far_end = self.pair()

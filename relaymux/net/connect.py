@@ -26,7 +26,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from relaymux.errors import TransportError
-from relaymux.net.addresses import describe
+from relaymux.net.addresses import address_of, describe
 from relaymux.net.buffers import BufferPool
 from relaymux.net.families import transport_for
 
@@ -156,7 +156,7 @@ def connect_unix_at_once(
     try:
         sock.setblocking(False)
         _dial(sock, path, follow_links=follow_links)
-        transport = transport_for(reactor, sock, target, pool, UNIXAddress(path))
+        transport = transport_for(reactor, sock, target, pool, UNIXAddress(path), host=address_of(None))
     except OSError:
         sock.close()
         return False

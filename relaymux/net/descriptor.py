@@ -23,6 +23,9 @@ class Descriptor:
         self.reactor = reactor
         self.connected = True
         self.disconnected = False
+        # What we have asked of the reactor, which is not asked twice.
+        self._is_reading = False
+        self._is_writing = False
 
     def doRead(self) -> None:
         """There is something to read, or nothing more will be.  For subclasses."""
@@ -33,15 +36,29 @@ class Descriptor:
         return type(self).__name__
 
     def startReading(self) -> None:
-        self.reactor.addReader(self)
+        if not self._is_reading:
+            self._is_reading = True
+            self.reactor.addReader(self)
 
     def stopReading(self) -> None:
-        self.reactor.removeReader(self)
+        if self._is_reading:
+            self._is_reading = False
+            self.reactor.removeReader(self)
 
     def startWriting(self) -> None:
-        self.reactor.addWriter(self)
+        if not self._is_writing:
+            self._is_writing = True
+            self.reactor.addWriter(self)
 
     def stopWriting(self) -> None:
+        if self._is_writing:
+            self._is_writing = False
+            self.reactor.removeWriter(self)
+
+    def _stop_watching(self) -> None:
+        """Nothing is watched any more, which the reactor may have decided by itself."""
+        self._is_reading = self._is_writing = False
+        self.reactor.removeReader(self)
         self.reactor.removeWriter(self)
 
     def _forget(self) -> None:

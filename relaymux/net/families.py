@@ -16,7 +16,7 @@ from socket import (
 )
 from typing import Any, Final
 
-from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.interfaces import IAddress, IProtocol, ITCPTransport
 from zope.interface import classImplements
 
@@ -83,10 +83,16 @@ class TCPTransport(SocketTransport):
 
 
 class UNIXTransport(SocketTransport):
-    """A L{SocketTransport} whose peer the kernel knows: C{peerIdentity} is C{"uid:N"}."""
+    """A L{SocketTransport} whose peer the kernel knows."""
 
-    #: Set by L{transport_for}, as of when it was connected.
-    peerIdentity = ""
+    @property
+    def peerIdentity(self) -> str:
+        """
+        C{"uid:N"}, as of when it was connected.
+
+        @raise OSError: it is closed.
+        """
+        return f"uid:{peer_credentials(self.socket).uid}"
 
 
 classImplements(TCPTransport, ITCPTransport)
@@ -100,14 +106,14 @@ def transport_for(
     pool: BufferPool,
     peer: IAddress | None = None,
     flush_seconds: float | None = None,
+    host: IAddress | None = None,
 ) -> SocketTransport:
     """Make the transport for C{sock}, by its family; parameters as of L{SocketTransport}."""
-    if sock.family == AF_UNIX:
+    # Asking a socket for its family makes an object of an enumeration each time.
+    if isinstance(peer, UNIXAddress) if peer is not None else sock.family == AF_UNIX:
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, UNIX_SEND_BUFFER)
-        transport = UNIXTransport(reactor, sock, protocol, pool, peer, flush_seconds)
-        transport.peerIdentity = f"uid:{peer_credentials(sock).uid}"
-        return transport
-    return TCPTransport(reactor, sock, protocol, pool, peer, flush_seconds)
+        return UNIXTransport(reactor, sock, protocol, pool, peer, flush_seconds, host)
+    return TCPTransport(reactor, sock, protocol, pool, peer, flush_seconds, host)
 
 
 def tune_link(sock: socket) -> None:

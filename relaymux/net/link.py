@@ -321,7 +321,7 @@ class LinkProtocol:
         due = self.link.next_timer()
         if due == NEVER or self._closing:
             return
-        if self._timer is not None and self._timer.active():
+        if self._timer is not None:
             if self._timer_at <= due:
                 return
             self._timer.cancel()

@@ -18,6 +18,7 @@ from socket import (
 )
 from typing import Any, Final
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import (
     IAddress,
@@ -112,6 +113,8 @@ class SocketListener(Descriptor):
         self._flush_seconds = flush_seconds
         self._closed = closed
         self._address = address or address_of(sock.getsockname())
+        # All that it accepts have this address; of TCP only each of them knows its own.
+        self._accepted_at = self._address if isinstance(self._address, UNIXAddress) else None
         self._pause: IDelayedCall | None = None
         self._short = False
 
@@ -136,6 +139,7 @@ class SocketListener(Descriptor):
 
     def connectionLost(self, reason: Failure) -> None:
         """Called by the reactor when it stops."""
+        self._stop_watching()
         self._close()
 
     def _close(self) -> None:
@@ -177,7 +181,9 @@ class SocketListener(Descriptor):
             if protocol is None:
                 sock.close()
                 return
-            transport = transport_for(self._clock, sock, protocol, self._pool, peer, self._flush_seconds)
+            transport = transport_for(
+                self._clock, sock, protocol, self._pool, peer, self._flush_seconds, self._accepted_at
+            )
         except Exception:
             _log.failure(
                 "closing the connection from {peer} accepted on {address}",

@@ -28,8 +28,10 @@ _log = Logger("relaymux.reactor")
 
 #: What is used here of Twisted's reactor and is none of its public interface.
 _USED = (
+    "_cancellations",
     "_disconnectSelectable",
     "_doReadOrWrite",
+    "_insertNewDelayedCalls",
     "_justStopped",
     "_newTimedCalls",
     "_pendingTimedCalls",
@@ -41,6 +43,9 @@ _USED = (
 
 
 _IN_OR_OUT = EPOLLIN | EPOLLOUT
+
+#: Timers that were cancelled and are kept; with more of them Twisted looks whether to throw them away.
+MOST_CANCELLED = 50
 
 #: Seconds to wait at most: epoll_wait(2) takes milliseconds as an int.
 LONGEST_WAIT = 2_000_000.0
@@ -99,10 +104,12 @@ class RelayReactor(EPollReactor):
                     callWithLogger(selectable, this._doReadOrWrite, selectable, descriptor, event)
             if self._turn_ends:
                 self._end_turn()
-            if not events or this.threadCallQueue or this._newTimedCalls or this._justStopped:
+            if not events or this.threadCallQueue or this._justStopped:
                 return
-            if self._once or not this.running:
+            if self._once or not this.running or this._cancellations > MOST_CANCELLED:
                 return
+            if this._newTimedCalls:
+                this._insertNewDelayedCalls()
             timers = this._pendingTimedCalls
             timeout = min(timers[0].time - this.seconds(), LONGEST_WAIT) if timers else None
             if timeout is not None and timeout <= 0:

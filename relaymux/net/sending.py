@@ -47,7 +47,8 @@ class SendingSocket(Consumer):
         @param receiver: who is told when bytes were written.
         """
         super().__init__(reactor)
-        sock.setblocking(False)
+        if sock.gettimeout() != 0.0:
+            sock.setblocking(False)
         self.socket = sock
         self.queuedBytes = 0
         # Bounded by the producer's obedience: it is paused while anything is here.

@@ -84,10 +84,12 @@ class SocketTransport(ReceivingSocket):
         pool: BufferPool,
         peer: IAddress | None = None,
         flush_seconds: float | None = None,
+        host: IAddress | None = None,
     ) -> None:
         """
         @param sock: connected; owned by the transport from now on.
         @param peer: the other end, where asking the socket may be too late.
+        @param host: this end, where that is known.
         @param flush_seconds: how long after C{loseConnection} a peer may take
             to read what is queued before the connection is aborted;
             L{None}: for ever.
@@ -99,7 +101,7 @@ class SocketTransport(ReceivingSocket):
         self._timers: list[IDelayedCall] = []
         self._half_closeable = IHalfCloseableProtocol(protocol, None)
         # Asked now, since nobody can ask a closed socket.
-        self._host = address_of(sock.getsockname())
+        self._host = host or address_of(sock.getsockname())
         self._peer = peer or address_of(sock.getpeername())
 
     def begin(self) -> None:
@@ -271,6 +273,7 @@ class SocketTransport(ReceivingSocket):
         In the last case bytes may wait to be read; the reactor has stopped
         watching us.
         """
+        self._stop_watching()
         error = reason.value or ConnectionLost()
         hang_up = type(error) is ConnectionLost and error is not CONNECTION_LOST and not error.args
         if not hang_up:
@@ -283,7 +286,8 @@ class SocketTransport(ReceivingSocket):
             self.startWriting()
 
     def readConnectionLost(self, reason: Failure) -> None:
-        """Called by the reactor: a hang-up while reading; the system call says which."""
+        """Called by the reactor, which reads no more: a hang-up while reading; the system call says which."""
+        self._is_reading = False
         self.startReading()
         self.doRead()
 
