@@ -69,7 +69,15 @@ COMPILED = (
 
 #: The extension that is written in C, and what of.
 NATIVE = "relaymux.net._native"
-NATIVE_SOURCES = ("_native.c", "_pieces.c", "_records.c", "_fastpath.c", "_fastpath_carry.c")
+NATIVE_SOURCES = (
+    "_native.c",
+    "_pieces.c",
+    "_records.c",
+    "_fastpath.c",
+    "_fastpath_lease.c",
+    "_fastpath_send.c",
+    "_fastpath_receive.c",
+)
 NATIVE_HEADERS = ("_native.h", "_fastpath.h")
 
 #: Has mypyc in it.  pyproject.toml does not ask for it, since RELAYMUX_COMPILE=0 has to do without.

@@ -3,7 +3,7 @@ Measures relaymux beside what people use instead, side by side on this machine.
 
 All contenders run at the same time and take turns, round after round, so that
 a machine which gets slower or faster does so for each of them.  What counts is
-the ratio within a round; single numbers hold for one machine at one moment.
+the median of the ratios within each round; single numbers hold for one machine at one moment.
 See docs/performance.md.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -64,7 +64,7 @@ class Target:
     @ivar metric: of both.
     @ivar at_most: the ratio may be no higher; else L{at_least} holds.
     @ivar at_least: the ratio may be no lower.
-    @ivar against: the tool to compare with; None is the best of all peers in each round.
+    @ivar against: the tool to compare with; None is the best of all peers.
     @ivar yardstick: the case to compare with; None is the same one.
     @ivar absolute: C{at_most} or C{at_least} is for relaymux's value itself, not for a ratio.
     """
@@ -95,14 +95,14 @@ class Target:
 class Verdict:
     """
     @ivar link: one of the target's.
+    @ivar rival: what was compared with.
     @ivar ratios: in each round; absolute values for an absolute target.
-    @ivar rivals: what was compared with in each round.
     """
 
     target: Target
     link: str
+    rival: str
     ratios: tuple[float, ...]
-    rivals: tuple[str, ...]
 
     @property
     def ratio(self) -> float:
@@ -116,38 +116,38 @@ class Verdict:
 
 
 def judge(results: Sequence[Result], targets: Sequence[Target]) -> list[Verdict]:
-    """@return: for each target and link that there are results for, how relaymux did."""
+    """
+    @return: for each target and link that there are results for, how relaymux did beside the best of its
+        rivals: the one beside which it looks worst.  That is one tool for all rounds: the better one of each
+        round would be as good as no tool is, since each has its good and bad moments.
+    """
     verdicts = []
     for target in targets:
         for link in target.links:
             compared = ratios(results, target, link)
             if compared:
-                verdicts.append(Verdict(target, link, *zip(*compared, strict=True)))
+                worst = max if target.at_most is not None else min
+                rival = worst(compared, key=lambda tool: median(compared[tool]))
+                verdicts.append(Verdict(target, link, rival, tuple(compared[rival])))
     return verdicts
 
 
-def ratios(results: Sequence[Result], target: Target, link: str) -> list[tuple[float, str]]:
+def ratios(results: Sequence[Result], target: Target, link: str) -> dict[str, list[float]]:
     """
-    @return: for each round that has both, relaymux's value divided by the
-        yardstick's, and which tool that was.
+    @return: for each tool that is compared with, relaymux's value divided by its one, in each round that has
+        both.
     """
-    best: Callable[[Sequence[tuple[float, str]]], tuple[float, str]]
-    best = min if target.at_most is not None else max
-    found = []
+    found: dict[str, list[float]] = {}
     same = [r for r in results if (r.row, r.link) == (target.row, link) and target.metric in r.values]
     for ours in (r for r in same if (r.tool, r.case) == (OURS, target.case)):
         value = ours.values[target.metric]
         if target.absolute:
-            found.append((value, OURS))
+            found.setdefault(OURS, []).append(value)
             continue
-        rivals = [
-            (result.values[target.metric], result.tool)
-            for result in _rivals(results, target, link)
-            if result.round == ours.round and target.metric in result.values
-        ]
-        if rivals:
-            yardstick, rival = best(rivals)
-            found.append((value / yardstick if yardstick else float("inf"), rival))
+        for other in _rivals(results, target, link):
+            if other.round == ours.round and target.metric in other.values:
+                yardstick = other.values[target.metric]
+                found.setdefault(other.tool, []).append(value / yardstick if yardstick else float("inf"))
     return found
 
 

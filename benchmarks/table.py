@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -50,9 +49,7 @@ def _spread(values: Sequence[float], metric: Metric) -> str:
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     """@return: what relaymux has to reach, and whether it does."""
-    shown = Table(
-        title="relaymux beside the best of the others, round by round", box=SIMPLE_HEAD, title_justify="left"
-    )
+    shown = Table(title="relaymux beside the best of the others", box=SIMPLE_HEAD, title_justify="left")
     for column in ("row", "case", "link", "what", "compared with"):
         shown.add_column(column)
     for column in ("ratio", "wanted"):
@@ -60,7 +57,6 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     shown.add_column("")
     for verdict in verdicts:
         target = verdict.target
-        rivals = [name for name, _ in Counter(verdict.rivals).most_common()]
         low, high = min(verdict.ratios), max(verdict.ratios)
         shown.add_row(
             target.row,
@@ -69,7 +65,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
             target.metric,
             "-"
             if target.absolute
-            else ", ".join(rivals) + (f" ({target.yardstick})" if target.yardstick else ""),
+            else verdict.rival + (f" ({target.yardstick})" if target.yardstick else ""),
             f"{verdict.ratio:.2f} ({low:.2f}-{high:.2f})",
             f"{'at most' if target.at_most is not None else 'at least'} {target.limit:g}",
             "[green]met[/]" if verdict.met else "[red]missed[/]",

@@ -68,15 +68,20 @@ class RatioTests(SynchronousTestCase):
         self.assertEqual(verdict.ratios, (0.5, 0.5, 0.5))
         self.assertTrue(verdict.met)
 
-    def test_the_best_of_each_round(self) -> None:
-        """It is the cheapest peer of the same round, or the fastest, that is compared with."""
+    def test_the_best_of_all_rounds(self) -> None:
+        """It is the peer beside which relaymux looks worst: one for all rounds, not the best of each."""
         found = results(
-            {("one", "ssh"): [1.0, 4.0], ("one", "haproxy"): [2.0, 2.0], ("one", OURS): [1.0, 1.0]}
+            {
+                ("one", "ssh"): [1.0, 1.0, 9.0],
+                ("one", "haproxy"): [2.0, 2.0, 2.0],
+                ("one", OURS): [0.5, 0.5, 0.5],
+            }
         )
-        (cheapest,) = judge(found, [Target("bulk", "one", ("tls",), "cpu", at_most=0.8)])
-        self.assertEqual((cheapest.ratios, cheapest.rivals), ((1.0, 0.5), ("ssh", "haproxy")))
+        (cheapest,) = judge(found, [Target("bulk", "one", ("tls",), "cpu", at_most=0.5)])
+        self.assertEqual((cheapest.rival, cheapest.ratios), ("ssh", (0.5, 0.5, 0.5 / 9)))
+        self.assertTrue(cheapest.met)
         (fastest,) = judge(found, [Target("bulk", "one", ("tls",), "cpu", at_least=0.4)])
-        self.assertEqual((fastest.ratios, fastest.rivals), ((0.5, 0.25), ("haproxy", "ssh")))
+        self.assertEqual((fastest.rival, fastest.ratios), ("haproxy", (0.25, 0.25, 0.25)))
         self.assertFalse(fastest.met)
 
     def test_the_median_decides(self) -> None:

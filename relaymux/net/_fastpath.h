@@ -13,6 +13,9 @@
 #define ACK_FRAME (HEADER + OFFSET)
 #define CREDIT_FRAME (HEADER + 2 * OFFSET)
 
+/* Kinds of frames (docs/protocol.md, 3). */
+enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
+
 /* Free space wanted for a read, as in relaymux/net/receiving.py. */
 #define READ_ROOM (64 * 1024)
 
@@ -91,12 +94,24 @@ typedef struct {
     Stream *streams;
 } Lease;
 
-/* _fastpath_carry.c */
+extern PyTypeObject LeaseType; /* _fastpath_lease.c */
+
+/* An exception that waits, or none: what is called meanwhile may have its own. */
+typedef struct {
+    PyObject *type, *value, *traceback;
+} Error;
+
+/* _fastpath_send.c */
+Error keep_error(void);
+int raise_again(Error error, int failed);
 void watch(const Lease *lease, int fd, uint32_t events);
 void release(Lease *lease, Stream *stream);
 int from_local(Lease *lease, Stream *stream);
-int from_link(Lease *lease);
+int go_on(Lease *lease);
 int link_takes(Lease *lease);
+
+/* _fastpath_receive.c */
+int from_link(Lease *lease);
 int take_in(Lease *lease, const Piece *piece);
 int give_up_frame(Lease *lease);
 void deliver_all(Lease *lease);

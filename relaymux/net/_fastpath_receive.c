@@ -1,25 +1,12 @@
-/* What is carried: frames to the link, and from there, as docs/protocol.md has them. */
+/* The fast path's way in: frames from the link, as docs/protocol.md has them, and their payload to local sockets. */
 
 #include "_fastpath.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <string.h>
-#include <sys/epoll.h>
 
 #define MAX_OFFSET INT64_MAX
-
-/* An ACK rides along from this share of what is worth one, as in relaymux/core/outbox.py. */
-#define ACK_RIDE_SHARE 4
-
-/* Kinds of frames (docs/protocol.md, 3). */
-enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
-
-void watch(const Lease *lease, int fd, uint32_t events)
-{
-    struct epoll_event event = {.events = events, .data.fd = fd};
-    epoll_ctl(lease->epoll, EPOLL_CTL_MOD, fd, &event);
-}
 
 static uint64_t get64(const unsigned char *at)
 {
@@ -33,34 +20,6 @@ static uint32_t get32(const unsigned char *at)
     uint32_t value;
     memcpy(&value, at, sizeof value);
     return be32toh(value);
-}
-
-static void put64(unsigned char *at, uint64_t value)
-{
-    value = htobe64(value);
-    memcpy(at, &value, sizeof value);
-}
-
-static void put_header(unsigned char *at, int kind, uint32_t id, uint32_t length)
-{
-    memset(at, 0, HEADER);
-    at[0] = kind;
-    id = htobe32(id);
-    memcpy(at + 4, &id, sizeof id);
-    length = htobe32(length);
-    memcpy(at + 8, &length, sizeof length);
-}
-
-/* A place for one more frame, kept until it is acknowledged; the caller has looked whether there is one. */
-static Sent *keep(Lease *lease, Py_ssize_t length)
-{
-    Sent *sent = &lease->sent[(lease->first + lease->sent_count++) % MOST_SENT];
-    lease->end += length;
-    lease->room -= length + lease->frame_cost;
-    sent->end = lease->end;
-    sent->payload.count = 0;
-    sent->payload.length = 0;
-    return sent;
 }
 
 /* Forget frames up to `offset`, which is the end of one of them.  -1: it is not. */
@@ -95,170 +54,6 @@ static int acknowledge(Lease *lease, uint64_t offset)
     lease->room += offset - lease->acknowledged;
     lease->acknowledged = offset;
     return 0;
-}
-
-/* An exception that waits, or none: what is called meanwhile may have its own. */
-typedef struct {
-    PyObject *type, *value, *traceback;
-} Error;
-
-static Error keep_error(void)
-{
-    Error error;
-    PyErr_Fetch(&error.type, &error.value, &error.traceback);
-    return error;
-}
-
-/* -1 with an exception: the one of what has `failed` meanwhile, or else `error`; 0 if there is none. */
-static int raise_again(Error error, int failed)
-{
-    if (!failed) {
-        PyErr_Restore(error.type, error.value, error.traceback);
-        return error.type ? -1 : 0;
-    }
-    Py_XDECREF(error.type);
-    Py_XDECREF(error.value);
-    Py_XDECREF(error.traceback);
-    return -1;
-}
-
-/* Write what is in `unsent`; what the link does not take waits until it does. */
-static void push(Lease *lease)
-{
-    put(lease->fd, &lease->unsent, &lease->write_end);
-    if (lease->write_end) {
-        lease->over = 1;
-    } else if (lease->unsent.count && !lease->blocked) {
-        lease->blocked = 1;
-        watch(lease, lease->fd, EPOLLIN | EPOLLOUT);
-    } else if (!lease->unsent.count && lease->blocked) {
-        lease->blocked = 0;
-        watch(lease, lease->fd, EPOLLIN);
-    }
-}
-
-/*
- * Have frames written, and encrypted before where the link is, if it was not blocked.  -1 with an exception: it
- * can say nothing more.
- */
-static int say(Lease *lease, Pieces *frames)
-{
-    int failed = 0;
-    if (lease->sealer) {
-        Output output = {.pool = lease->ciphers, .pieces = &lease->unsent};
-        failed = seal(lease->sealer, frames, APPLICATION_DATA, &output);
-        drop(frames);
-    } else {
-        lease->unsent = *frames;
-    }
-    if (failed) {
-        /* What follows must not be taken for what follows the frames before: the next connection repeats these. */
-        drop(&lease->unsent);
-        lease->write_end = EIO;
-        lease->over = 1;
-        return -1;
-    }
-    push(lease);
-    return 0;
-}
-
-/* An ACK, at `at`.  Returns its length. */
-static int put_ack(Lease *lease, unsigned char *at)
-{
-    put_header(at, ACK, 0, OFFSET);
-    put64(at + HEADER, lease->rx_next);
-    lease->rx_acknowledged = lease->rx_next;
-    return ACK_FRAME;
-}
-
-/*
- * Say what is due: CREDIT, and ACK, which rides along where that is worthwhile.  See Link.data_to_send.  -1 with
- * an exception.
- */
-static int answer(Lease *lease)
-{
-    if (lease->blocked)
-        return 0;
-    unsigned char *at = lease->credits;
-    int due = 0;
-    for (int i = 0; i < lease->stream_count; i++)
-        due += lease->streams[i].credit_due;
-    uint64_t new_bytes = lease->rx_next - lease->rx_acknowledged;
-    if (new_bytes >= (due ? lease->ack_bytes / ACK_RIDE_SHARE : lease->ack_bytes))
-        at += put_ack(lease, at);
-    for (int i = 0; due && i < lease->stream_count; i++) {
-        Stream *stream = &lease->streams[i];
-        if (!stream->credit_due)
-            continue;
-        if (lease->sent_count == MOST_SENT || lease->end - lease->acknowledged >= lease->most_held) {
-            lease->over = 1; /* the rest is said by Python */
-            break;
-        }
-        Sent *sent = keep(lease, CREDIT_FRAME);
-        stream->credit_due = 0;
-        stream->granted = stream->consumed + stream->size;
-        sent->head_length = CREDIT_FRAME;
-        put_header(sent->head, CREDIT, stream->id, 2 * OFFSET);
-        put64(sent->head + HEADER, stream->granted);
-        put64(sent->head + HEADER + OFFSET, stream->consumed);
-        memcpy(at, sent->head, CREDIT_FRAME);
-        at += CREDIT_FRAME;
-    }
-    Pieces frames = {.count = 0};
-    append(&frames, NULL, (char *)lease->credits, at - lease->credits);
-    return frames.count ? say(lease, &frames) : 0;
-}
-
-/* Do not look at a socket for which there is no credit. */
-static void hold(Lease *lease, Stream *stream)
-{
-    stream->held = 1;
-    watch(lease, stream->fd, stream->others);
-}
-
-void release(Lease *lease, Stream *stream)
-{
-    stream->held = 0;
-    watch(lease, stream->fd, EPOLLIN | stream->others);
-}
-
-/* A local socket has something.  -1 with an exception. */
-int from_local(Lease *lease, Stream *stream)
-{
-    if (lease->blocked || stream->sent == stream->limit) {
-        hold(lease, stream);
-        return 0;
-    }
-    int64_t most = lease->local_turn;
-    if (lease->room - HEADER - lease->frame_cost < most)
-        most = lease->room - HEADER - lease->frame_cost;
-    if (most <= 0 || lease->sent_count == MOST_SENT) {
-        lease->over = 1;
-        return 0;
-    }
-    if ((uint64_t)most > stream->limit - stream->sent)
-        most = stream->limit - stream->sent;
-    Pieces pieces = {.count = 0};
-    Output output = {.pool = lease->pool, .pieces = &pieces};
-    int failed = gather(&output, stream->fd, most, READ_ROOM, READ_AGAIN, &stream->read_end) < 0;
-    if (failed || stream->read_end)
-        lease->over = 1;
-    if (!pieces.count)
-        return failed ? -1 : 0;
-    Sent *sent = keep(lease, HEADER + pieces.length);
-    sent->head_length = HEADER;
-    put_header(sent->head, DATA, stream->id, pieces.length);
-    sent->payload = pieces;
-    stream->sent += pieces.length;
-    lease->carried += pieces.length;
-    Pieces frames = {.count = 0};
-    if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE)
-        append(&frames, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
-    append(&frames, NULL, (char *)sent->head, HEADER);
-    for (int i = 0; i < pieces.count; i++)
-        append(&frames, pieces.piece[i].owner, pieces.piece[i].memory, pieces.piece[i].length);
-    Error error = keep_error();
-    return raise_again(error, say(lease, &frames));
 }
 
 static Stream *stream_of(Lease *lease, uint32_t id)
@@ -427,17 +222,6 @@ void deliver_all(Lease *lease)
         deliver(lease, &lease->streams[i]);
 }
 
-/* Say what is due, and have those watched again who may send.  -1 with an exception. */
-static int go_on(Lease *lease)
-{
-    if (answer(lease))
-        return -1;
-    for (int i = 0; i < lease->stream_count && !lease->blocked; i++)
-        if (lease->streams[i].held && lease->streams[i].sent < lease->streams[i].limit)
-            release(lease, &lease->streams[i]);
-    return 0;
-}
-
 /* Leave what was received to Python, as it is.  -1 with an exception. */
 static int leave_encrypted(Lease *lease, const Piece *piece)
 {
@@ -491,12 +275,5 @@ int from_link(Lease *lease)
         lease->over = 1;
     if (raise_again(error, lost))
         return -1;
-    return go_on(lease);
-}
-
-/* The link takes something again.  -1 with an exception. */
-int link_takes(Lease *lease)
-{
-    push(lease);
     return go_on(lease);
 }
