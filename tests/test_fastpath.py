@@ -792,6 +792,32 @@ class EndTests(FastPathTests):
         self.assert_received(near, BULK)
         self.assertEqual((near.ended, far.ended, near.broke, far.broke), (0, 0, 0, 0))
 
+    def test_no_memory(self) -> None:
+        """Where nobody can know any more what was said, the session ends with a reason, at both ends."""
+        self.link()
+        near, far = self.serve("ram", BULK, b"")
+        self.start(near, far)
+        self.run_until(lambda: len(far.received) > 4 * MIB, "bulk flowed")
+        fast_path, protocol = self.reactor.fast_path, self.protocols[0]
+        ways: list[Any] = []
+
+        def lease() -> bool:
+            ways.append(fast_path._lease(protocol, self.reactor._poller.fileno()))
+            return ways[-1] is not None
+
+        self.run_until(lease, "there was something to lease")
+        ways[-1].lease.settle()  # so that the next time fails, as it would without memory
+        fast_path._settle(ways[-1:])
+        self.run_until(lambda: not (self.near.open_streams or self.near.is_up), "the session was over")
+        self.link()
+        self.run_until(lambda: self.far.open_streams == 0, "the other end was told")
+        self.over(near, far)
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+        self.assertTrue(BULK.startswith(far.received))
+        self.assertNotEqual((near.broke, far.ended), (0, 0))
+        self.assertEqual(len(self.told("cannot go on behind the fast path")), 1)
+        self.assertIn("out of memory", " ".join(self.told("")))
+
     def test_fault_of_the_peer(self) -> None:
         """A peer that breaks the protocol within bulk ends the session, for the same reason as ever."""
         self.link()
