@@ -73,12 +73,14 @@ NATIVE_SOURCES = (
     "_native.c",
     "_pieces.c",
     "_records.c",
+    "_sealing.c",
+    "_opening.c",
     "_fastpath.c",
     "_fastpath_lease.c",
     "_fastpath_send.c",
     "_fastpath_receive.c",
 )
-NATIVE_HEADERS = ("_native.h", "_fastpath.h")
+NATIVE_HEADERS = ("_native.h", "_records.h", "_fastpath.h")
 
 #: Has mypyc in it.  pyproject.toml does not ask for it, since RELAYMUX_COMPILE=0 has to do without.
 MYPY = "mypy>=2.4"

@@ -1,5 +1,6 @@
 /*
- * The innermost loops of the data path: what costs per read.  Those per TLS record are in _records.c.
+ * The innermost loops of the data path: what costs per read.  Those per TLS record are in _sealing.c and
+ * _opening.c, and _fastpath.c does without Python.
  *
  * An installation without a compiler does the same by other means: PythonBufferPool in
  * relaymux/net/buffers.py, and OpenSSL's own records (relaymux/net/tlsengine.py).

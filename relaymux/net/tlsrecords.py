@@ -5,7 +5,7 @@ OpenSSL copies each byte five times on its way through both ends, between its ow
 buffers.  L{RecordEngine} takes over the keys after the handshake, as kernels do for
 their TLS, and leaves to OpenSSL what has no cost per byte: handshake, certificates,
 exported keys.  The cipher is pyca/cryptography's; the loops around it are compiled
-(F{_native.c}).  What is done here is RFC 8446, 5 (records), 6 (alerts), 4.6
+(F{_sealing.c}, F{_opening.c}).  What is done here is RFC 8446, 5 (records), 6 (alerts), 4.6
 (messages behind the handshake) and 7.2 (new keys).
 
 An installation without the compiled loops keeps OpenSSL's records, and nobody who
