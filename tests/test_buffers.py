@@ -285,6 +285,17 @@ class NativeBufferPoolTests(PoolTests, SynchronousTestCase):
 
     make = BufferPool
 
+    def test_memory_that_nobody_sees(self: Any) -> None:
+        """As long as nobody has a view of it a buffer is used from its beginning, not from behind that."""
+        pool = self.make(1000)
+        for _ in range(3):
+            self.assertEqual(len(pool.room(100)), 1000)
+            kept = pool.take(300)
+            self.assertEqual(len(pool.room(100)), 700)
+            pool.take(50)
+            self.assertEqual(len(pool.room(100)), 650)
+            del kept
+
     def test_gives_back_to_the_system(self: Any) -> None:
         """After a burst the process is as small as before, apart from what the pool keeps."""
         if "libasan" in os.environ.get("LD_PRELOAD", ""):

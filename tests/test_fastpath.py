@@ -155,13 +155,14 @@ class LeaseTestCase(SynchronousTestCase):
         window: tuple[int, int, int, int, int] = (0, 0, 4000, 4000, 2000),
         ack_bytes: int = 1 << 19,
         keys: Records | None = None,
+        ciphers: BufferPool | None = None,
     ) -> Any:
         """
         @param credit: bytes that may be sent for stream 3.
         @param before: where frames end that were sent before, and not acknowledged.
         @param most_held: bytes that may be unacknowledged.
         @param window: what was received for it, and consumed; the credit for that, its window, and a step.
-        @param keys: by which the link is encrypted.
+        @param keys: by which the link is encrypted, in C{ciphers}.
         """
         assert native is not None
         lease = native.Lease(
@@ -174,7 +175,7 @@ class LeaseTestCase(SynchronousTestCase):
             1,
         )
         if keys is not None:
-            lease.encrypt(keys.sealer, keys.opener, BufferPool(CIPHER_BUFFER_SIZE), InvalidTag)
+            lease.encrypt(keys.sealer, keys.opener, ciphers or BufferPool(CIPHER_BUFFER_SIZE), InvalidTag)
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
@@ -336,7 +337,7 @@ class EncryptedLeaseTests(LeaseTestCase):
             self.assertEqual(self.wait(lease), [])
             settled = lease.settle()
             self.assertEqual(self.peers.open(self.peer.recv(9000)), data_header(3, 700) + content(700))
-            self.assertEqual((settled[5:8], settled[11]), (([], [], 0), None))
+            self.assertEqual((settled[5:8], settled[11]), (([], [], 0), (False, None)))
         self.assertEqual((settled[2], self.program.recv(9000)), (3012, content(3000)))
 
     def test_a_frame_of_two_leases(self) -> None:
@@ -360,9 +361,37 @@ class EncryptedLeaseTests(LeaseTestCase):
         self.peer.send(before + odd + behind)
         lease = self.lease(1000, keys=self.keys)
         self.wait(lease)
-        *settled, (alert, kind, message, unread) = lease.settle()
+        *settled, (hole, (alert, kind, message, unread)) = lease.settle()
+        self.assertFalse(hole)
         self.assertEqual((alert, kind, message, b"".join(map(bytes, unread))), (0, 21, b"\1\0", behind))
         self.assertEqual((settled[2], settled[7], self.program.recv(9000)), (len(good), 0, content(100)))
+
+    def test_other_records_in_two_pieces(self) -> None:
+        """What has arrived behind such a record is left as it is, also where it is in another buffer."""
+        good = data_header(3, 100) + content(100)
+        before, odd = self.peers.seal(good), self.peers.seal(b"\1\0", 21)
+        behind = self.peers.seal(content(100_000))
+        ciphers = BufferPool(CIPHER_BUFFER_SIZE)
+        ciphers.room()
+        kept = ciphers.take(CIPHER_BUFFER_SIZE - 66_000)
+        self.peer.send(before + odd + behind)
+        lease = self.lease(1000, keys=self.keys, ciphers=ciphers)
+        self.wait(lease)
+        *settled, (hole, (_, kind, _, unread)) = lease.settle()
+        self.assertEqual((hole, kind, settled[2], settled[6]), (False, 21, len(good), []))
+        self.assertGreater(len(unread), 1)
+        self.assertEqual(b"".join(map(bytes, unread)), behind)
+        self.assertEqual(len(kept), CIPHER_BUFFER_SIZE - 66_000)
+
+    def test_cannot_answer(self) -> None:
+        """CREDIT that cannot be encrypted ends the connection, too; what it is for was delivered."""
+        self.keys.sealer = native.Sealer(lambda *_: 1 // 0, bytes(12))  # type: ignore[union-attr]
+        self.peer.send(self.peers.seal(data_header(3, 3000) + content(3000)))
+        lease = self.lease(1000, keys=self.keys)
+        self.assertRaises(ZeroDivisionError, self.wait, lease)
+        settled = lease.settle()
+        self.assertEqual((settled[2], settled[9], settled[11]), (3012, errno.EIO, (True, None)))
+        self.assertEqual(self.program.recv(9000), content(3000))
 
     def test_forged_records(self) -> None:
         """What comes before one counts, nothing of it is delivered, and Python knows which alert to send."""
@@ -379,7 +408,8 @@ class EncryptedLeaseTests(LeaseTestCase):
             self.peer.send(before + wrong + forged)
             lease = self.lease(1000, keys=self.keys)
             self.wait(lease)
-            *settled, odd = lease.settle()
+            *settled, (hole, odd) = lease.settle()
+            self.assertFalse(hole)
             self.assertEqual((odd[:3], settled[2], settled[6]), ((alert, 0, None), len(good), []))
             self.assertEqual(self.program.recv(9000), content(100))
             self.assertRaises(BlockingIOError, self.program.recv, 9000)
@@ -390,7 +420,7 @@ class EncryptedLeaseTests(LeaseTestCase):
         lease = self.lease(1000, keys=Records(1, 2, lambda *_: 1 // 0))
         self.assertRaises(ZeroDivisionError, self.wait, lease)
         settled = lease.settle()
-        self.assertEqual((settled[0], settled[5], settled[9]), (712, [], errno.EIO))
+        self.assertEqual((settled[0], settled[5], settled[9:]), (712, [], (errno.EIO, 700, (True, None))))
         ((end, buffers),) = settled[4]
         self.assertEqual((end, b"".join(map(bytes, buffers))), (712, data_header(3, 700) + content(700)))
         self.assertRaises(BlockingIOError, self.peer.recv, 9000)
@@ -401,18 +431,37 @@ class EncryptedLeaseTests(LeaseTestCase):
         lease = self.lease(1000, keys=Records(1, 2, lambda *_: 1 // 0))
         self.assertRaises(ZeroDivisionError, self.wait, lease)
         settled = lease.settle()
-        self.assertEqual((settled[2], settled[7], settled[11]), (0, errno.EIO, None))
+        self.assertEqual((settled[2], settled[7], settled[11]), (0, errno.EIO, (True, None)))
         self.assertRaises(BlockingIOError, self.program.recv, 9000)
 
     def test_a_cipher_that_uses_the_keys(self) -> None:
         """Nobody else makes or reads records, or fills the pools, while a lease does."""
+        ciphers = BufferPool(CIPHER_BUFFER_SIZE)
         for use in (
             lambda: self.keys.seal(b"x"),
             lambda: self.keys.open(b"x"),
+            lambda: ciphers.room(),
+            lambda: (self.program.send(b"y"), self.wait(self.lease(1000))),
         ):
             self.keys = Records(1, 2, lambda *_, use=use: use())
             self.program.send(b"x")
-            self.assertRaises(RuntimeError, self.wait, self.lease(1000, keys=self.keys))
+            self.assertRaises(RuntimeError, self.wait, self.lease(1000, keys=self.keys, ciphers=ciphers))
+            ciphers.room()
+
+    def test_keys_in_use(self) -> None:
+        """Nor does a lease take away what somebody else uses."""
+        pool = BufferPool(CIPHER_BUFFER_SIZE)
+
+        def waits(*_: object) -> int:
+            self.program.send(b"x")
+            for keys, ciphers in ((Records(3, 4), pool), (busy, None)):
+                self.assertRaises(RuntimeError, self.wait, self.lease(1000, keys=keys, ciphers=ciphers))
+            raise LookupError
+
+        busy = Records(1, 2, waits)
+        self.assertRaises(LookupError, busy.sealer.seal, pool, [b"x"], 23)
+        self.wait(self.lease(1000, keys=self.keys, ciphers=pool))
+        self.assertEqual(self.peers.open(self.peer.recv(9000)), data_header(3, 1) + b"x")
 
     def test_pools(self) -> None:
         """A pool that is too small for a frame in few pieces is refused, and so are keys given twice."""
@@ -557,8 +606,8 @@ class FastPathTests(SynchronousTestCase):
         return near, far
 
     def cut(self) -> None:
-        """The link breaks, in the middle of whatever there is."""
-        for transport in self.links:
+        """The link breaks, in the middle of whatever there is: at both ends at once, or at one of them."""
+        for transport in self.random.choice((self.links, self.links[:1], self.links[1:])):
             transport.abortConnection()
 
     def serve(self, name: str, near_says: bytes, far_says: bytes) -> tuple[Program, Program]:

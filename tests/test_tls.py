@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Callable
-from socket import socket
+from socket import SO_RCVLOWAT, SOL_SOCKET, socket
 from typing import Any, cast
+from unittest import SkipTest
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IConsumer, IPushProducer, ITransport
@@ -18,6 +20,7 @@ from relaymux.core.resume import EXPORTER_BYTES
 from relaymux.core.schedule import SHARED_FRAME
 from relaymux.interfaces import IBufferTransport, IExportingTransport, IIdentifiedTransport
 from relaymux.net import tlssockets
+from relaymux.net.compiled import native
 from relaymux.net.link import FLUSH_BYTES, LinkProtocol
 from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE, FastEngine
 from tests.sockets import DEADLINE, PlainRecorder, Producer, Recorder, RecorderFactory, content
@@ -329,6 +332,44 @@ class EndTests(TLSTestCase):
         client.transport.write(b"too late")
         self.assertIsInstance(await self.lost(server), ConnectionDone)
         self.assertEqual(server.received, b"last")
+
+    async def test_lent(self) -> None:
+        """Who has sent and read in place of a TLS transport hands back what the kernel did not take."""
+        if native is None:
+            raise SkipTest("needs what is compiled: make test-compiled")
+        client, server = await self.pair()
+        transport = client.transport
+        producer = Producer()
+        transport.registerProducer(producer, True)
+        server.transport.write(b"so that all of the handshake is read")
+        await self.until(lambda: client.received, "it arrived")
+        self.assertTrue(transport.lends and transport.is_read and transport.is_written)
+        transport.pauseProducing()
+        self.assertFalse(transport.is_read)
+        transport.resumeProducing()
+        transport.expectBytes(200_000)
+        sock = transport._socket.socket
+        self.assertGreater(sock.getsockopt(SOL_SOCKET, SO_RCVLOWAT), 100_000)
+        sealer, _, pool, _ = transport.keys()
+        self.assertEqual(transport.hand_over(), [])
+        self.assertEqual(sock.getsockopt(SOL_SOCKET, SO_RCVLOWAT), 1)
+        transport.take_over(sealer.seal(pool, [b"lent"], 23), 0)
+        transport.take_back_keys(False, None)
+        self.assertEqual((producer.calls, transport.queuedBytes > 0), (["pause"], True))
+        transport.go_on()
+        self.assertEqual(producer.calls, ["pause"])
+        await self.until(lambda: server.received == b"lent", "it was sent")
+        self.assertEqual((producer.calls, transport.queuedBytes), (["pause", "resume"], 0))
+        # No memory in the kernel is no reason to end anything.
+        transport.take_over(sealer.seal(pool, [b", later"], 23), errno.ENOBUFS)
+        transport.take_back_keys(False, None)
+        await self.until(lambda: server.received == b"lent, later", "it was sent again")
+        transport.write(b", ours")
+        await self.until(lambda: server.received == b"lent, later, ours", "it goes on")
+        transport.unregisterProducer()
+        transport.loseConnection()
+        self.assertFalse(transport.is_written)
+        await self.lost(server)
 
     async def test_end_while_both_send(self) -> None:
         """A peer that is still sending when we close gets all that we sent."""

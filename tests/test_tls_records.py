@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import unittest
+from collections import deque
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -194,6 +195,85 @@ class RecordTests(SynchronousTestCase):
             if late:
                 taken.feed(sent[-late:])
             self.assertEqual(b"".join(taken.read(pool)), data)
+
+    def test_lent(self) -> None:
+        """Who has borrowed the keys may leave a record that is no data, and all behind it, to the engine."""
+        wire = Wire(RecordEngine, RecordEngine)
+        client, server = wire.client, wire.server
+        assert isinstance(client, RecordEngine) and isinstance(server, RecordEngine)
+        self.exchange(wire)
+        self.assertTrue(server.at_rest)
+        before = server._writing
+        sent = b"".join(client.encrypt([b"before"]))
+        client._send(HANDSHAKE, b"\x18\0\0\1\1")
+        client._writing = client._writing.updated()
+        client._sealer = client._new_sealer()
+        sent += b"".join(client.encrypt([b"behind"]))
+        _, opener, pool, wrong_tag = server.lend()
+        plain, used, alert, kind, message = opener.open(pool, sent, wrong_tag)
+        server.take_back(False, (alert, kind, message, [memoryview(sent)[used:]]))
+        server.unread(plain)
+        self.assertFalse(server.at_rest)
+        self.assertEqual(wire.read_views(server), b"beforebehind")
+        for _ in range(3):
+            self.exchange(wire)
+        self.assertEqual(server._writing, before.updated())
+        self.assertTrue(server.at_rest)
+
+    def test_lent_and_forged(self) -> None:
+        """A record that may not be, found by who has borrowed the keys, ends the connection with an alert."""
+        wire = Wire(RecordEngine, RecordEngine)
+        client, server = wire.client, wire.server
+        assert isinstance(client, RecordEngine) and isinstance(server, RecordEngine)
+        self.exchange(wire)
+        server.lend()
+        server.take_back(False, (20, 0, None, [memoryview(b"more")]))
+        server.unread([b"before"])
+        self.assertEqual(wire.read_views(server), b"before")
+        self.assertIn("bad record mac", str(self.assertRaises(SSL.Error, server.read, server.pool)))
+        for view in server.take():
+            client.feed(view)
+        self.assertIn("bad record mac", str(self.assertRaises(SSL.Error, client.read, client.pool)))
+
+    def test_lent_and_left_out(self) -> None:
+        """Nothing follows what one who has borrowed the keys could not encrypt or decrypt."""
+        wire = Wire(RecordEngine, RecordEngine)
+        server = wire.server
+        assert isinstance(server, RecordEngine)
+        server.lend()
+        server.take_back(True, None)
+        self.assertRaises(SSL.Error, server.encrypt, [b"x"])
+        self.assertFalse(server.at_rest)
+
+    def test_not_at_rest(self) -> None:
+        """Keys are not lent while there is anything else to say or to read."""
+        view = memoryview(b"x")
+        for name, value in (
+            ("_outgoing", [view]),
+            ("_fed", deque([view])),
+            ("_plain", deque([view])),
+            ("_message", bytearray(b"x")),
+            ("_update_due", True),
+            ("_closed", True),
+            ("_broken", True),
+            ("error", SSL.ZeroReturnError()),
+        ):
+            engine = Wire(RecordEngine, RecordEngine).client
+            assert isinstance(engine, RecordEngine)
+            self.exchange_once(engine)
+            self.assertTrue(engine.at_rest)
+            setattr(engine, name, value)
+            self.assertFalse(engine.at_rest, name)
+        engine = Wire(RecordEngine, RecordEngine).client
+        assert isinstance(engine, RecordEngine)
+        self.exchange_once(engine)
+        self.patch(tlsrecords, "LENT_RECORDS", tlsrecords.KEY_RECORDS - 1)
+        self.assertFalse(engine.at_rest)
+
+    def exchange_once(self, engine: RecordEngine) -> None:
+        """Take what is left of the handshake, and use the key once."""
+        engine.read(engine.pool)
+        engine.encrypt([b"x"])
 
     @unittest.skipIf(shutil.which("openssl") is None, "no openssl")
     def test_key_update_by_openssl(self) -> None:

@@ -20,6 +20,12 @@
 
 #define MOST_EVENTS 64
 
+/* What is in use by a call of wait(), as others say 1. */
+#define BY_LEASES 2
+
+/* Whether there is such a call: a cipher may release the GIL, and another thread come by. */
+static int carrying;
+
 static double seconds(void)
 {
     struct timespec now;
@@ -76,18 +82,57 @@ static void restore(PyObject *leases)
     }
 }
 
-/* While bytes are carried nobody else, as a finaliser may be, is to take away the buffer that is filled. */
-static void use_pools(PyObject *leases, int use)
+/*
+ * While bytes are carried nobody else, as a finaliser or another thread may be, is to take away the buffer that
+ * is filled, or to use the keys.  Leases share pools: each of them is claimed once.
+ */
+static int claim(int *in_use)
+{
+    if (*in_use && *in_use != BY_LEASES) {
+        PyErr_SetString(PyExc_RuntimeError, "in use by a call that has not returned");
+        return -1;
+    }
+    *in_use = BY_LEASES;
+    return 0;
+}
+
+static void unclaim(int *in_use)
+{
+    if (*in_use == BY_LEASES)
+        *in_use = 0;
+}
+
+static void end_carrying(PyObject *leases)
 {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++) {
         Lease *lease = (Lease *)PyList_GET_ITEM(leases, i);
-        lease->pool->in_use = use;
+        unclaim(&lease->pool->in_use);
         if (!lease->sealer)
             continue;
-        lease->ciphers->in_use = use;
-        use_records(lease->sealer, use);
-        use_records(lease->opener, use);
+        unclaim(&lease->ciphers->in_use);
+        unclaim(records_in_use(lease->sealer));
+        unclaim(records_in_use(lease->opener));
     }
+    carrying = 0;
+}
+
+static int begin_carrying(PyObject *leases)
+{
+    if (carrying) {
+        PyErr_SetString(PyExc_RuntimeError, "leases are carried by a call that has not returned");
+        return -1;
+    }
+    carrying = 1;
+    int failed = 0;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases) && !failed; i++) {
+        Lease *lease = (Lease *)PyList_GET_ITEM(leases, i);
+        failed = claim(&lease->pool->in_use) ||
+                 (lease->sealer && (claim(&lease->ciphers->in_use) || claim(records_in_use(lease->sealer)) ||
+                                    claim(records_in_use(lease->opener))));
+    }
+    if (failed)
+        end_carrying(leases);
+    return failed ? -1 : 0;
 }
 
 static PyObject *fast_wait(PyObject *module, PyObject *args)
@@ -124,7 +169,10 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
         }
         if (!count)
             break;
-        use_pools(leases, 1);
+        if (begin_carrying(leases)) {
+            failed = 1;
+            break;
+        }
         for (int i = 0; i < count && !failed; i++) {
             int done = carry(leases, &events[i]);
             if (!done) {
@@ -134,7 +182,7 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
             }
             failed = done < 0;
         }
-        use_pools(leases, 0);
+        end_carrying(leases);
     }
     restore(leases);
     if (failed)

@@ -63,6 +63,7 @@ typedef struct {
     Records *sealer, *opener;
     Pool *ciphers; /* where what is encrypted goes */
     PyObject *wrong_tag;
+    int hole; /* something was left out of what was to be encrypted, or decrypted */
     Odd odd;
     PyObject *unread; /* a list: what has arrived behind an odd record */
     /* What is sent. */

@@ -44,7 +44,8 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
                           &acknowledged, &room, &most_held, &frame_cost, &PyList_Type, &ends, &rx_next,
                           &rx_acknowledged, &ack_bytes, &max_payload, &local_turn, &link_turn, &places))
         return NULL;
-    if (check_minimum((Pool *)pool, READ_ROOM))
+    /* So large that each read that is followed by another one leaves a long piece: see MOST_TURN. */
+    if (check_minimum((Pool *)pool, 2 * READ_ROOM))
         return NULL;
     Lease *lease = (Lease *)type->tp_alloc(type, 0);
     if (!lease)
@@ -90,8 +91,8 @@ static PyObject *lease_encrypt(Lease *lease, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "it is encrypted");
         return NULL;
     }
-    /* Pieces of a frame, encrypted, are few then. */
-    if (check_minimum((Pool *)ciphers, lease->local_turn / 2))
+    /* Of what is read, and of a frame that is encrypted, there are few pieces then. */
+    if (check_minimum((Pool *)ciphers, MOST_TURN / 2))
         return NULL;
     lease->sealer = (Records *)Py_NewRef(sealer);
     lease->opener = (Records *)Py_NewRef(opener);
@@ -258,11 +259,11 @@ static PyObject *lease_settle(Lease *lease, PyObject *unused)
     if (!(unsent = as_list(&lease->unsent)) || !(odd = odd_result(lease)))
         goto fail;
     lease->settled = 1;
-    return Py_BuildValue("(KKKKNNOiNiKN)", (unsigned long long)lease->end,
+    return Py_BuildValue("(KKKKNNOiNiK(NN))", (unsigned long long)lease->end,
                          (unsigned long long)lease->acknowledged,
                          (unsigned long long)lease->rx_next, (unsigned long long)lease->rx_acknowledged, sent,
                          unsent, lease->left, lease->read_end, streams, lease->write_end,
-                         (unsigned long long)lease->carried, odd);
+                         (unsigned long long)lease->carried, PyBool_FromLong(lease->hole), odd);
 fail:
     Py_XDECREF(sent);
     Py_XDECREF(streams);

@@ -269,8 +269,10 @@ int from_link(Lease *lease)
         lost = lease->opener ? decrypt(lease, &pieces.piece[i]) : take_in(lease, &pieces.piece[i]);
     drop(&pieces);
     deliver_all(lease);
-    if (lost)
+    if (lost) {
+        lease->hole = 1;
         lease->read_end = EIO; /* the connection cannot go on without what is lost: the next one repeats it */
+    }
     if (failed || lost || lease->read_end)
         lease->over = 1;
     if (raise_again(error, lost))

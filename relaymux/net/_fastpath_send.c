@@ -96,6 +96,7 @@ static int say(Lease *lease, Pieces *frames)
     if (failed) {
         /* What follows must not be taken for what follows the frames before: the next connection repeats these. */
         drop(&lease->unsent);
+        lease->hole = 1;
         lease->write_end = EIO;
         lease->over = 1;
         return -1;

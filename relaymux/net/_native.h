@@ -96,7 +96,7 @@ typedef struct {
 
 extern PyTypeObject SealerType, OpenerType;
 
-void use_records(Records *records, int use);
+int *records_in_use(Records *records);
 int seal(Records *sealer, const Pieces *plain, int type, Output *output);
 int open_records(Records *opener, PyObject *wrong_tag, char *data, Py_ssize_t length, Py_ssize_t *used,
                  Output *output, Odd *odd);

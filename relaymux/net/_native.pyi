@@ -151,7 +151,7 @@ class Lease:
         list[tuple[int, int, int, int, int, int, int, list[Buffer], int, int]],
         int,
         int,
-        tuple[int, int, bytes | None, list[memoryview]] | None,
+        tuple[bool, tuple[int, int, bytes | None, list[memoryview]] | None],
     ]:
         """
         Take everything back.
@@ -159,10 +159,11 @@ class Lease:
         @return: sequenced bytes sent; how many were acknowledged; sequenced bytes received; of how
             many the peer knows; the frames that were not acknowledged, with their ends; what the
             link has not taken; what was received and not understood; how the link's input ended;
-            the streams; why the link takes no more; payload bytes carried; and the record that is no
-            application data, if one has ended the lease: alert, kind and content as of L{Opener.open},
-            and what has arrived behind it.  A stream is its id;
-            bytes sent; the credit for all; how many of all were delivered; bytes received, and
+            the streams; why the link takes no more; payload bytes carried; and what became of the keys,
+            if there are any: whether something could not be encrypted, or decrypted, so that nothing may
+            follow on this connection; and the record that is no application data, if one has ended the
+            lease: alert, kind and content as of L{Opener.open}, and what has arrived behind it.  A stream
+            is its id; bytes sent; the credit for all; how many of all were delivered; bytes received, and
             consumed; the credit for all; what its socket has not taken; how its
             input ended; why it takes no more.
         """

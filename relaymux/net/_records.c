@@ -114,10 +114,10 @@ int protect(Records *records, void *header, void *input, Py_ssize_t input_length
     return 0;
 }
 
-/* Between the two nobody else makes or reads records with it. */
-void use_records(Records *records, int use)
+/* For who makes or reads records by other calls than Python's. */
+int *records_in_use(Records *records)
 {
-    records->in_use = use;
+    return &records->in_use;
 }
 
 int begin_records(Records *records, Pool *pool)

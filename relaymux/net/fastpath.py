@@ -87,6 +87,20 @@ class _Way:
         self.carried = 0
         self.failed = False
 
+    def feed(self) -> bool:
+        """
+        Give the lease what has not left yet, and what has arrived.
+
+        @return: whether it can go on with that.  It is to be settled in any case.
+        """
+        owed, taken = self.transport.hand_over(), False
+        try:
+            taken = self.lease.owe(owed)
+        finally:
+            if not taken:
+                self.transport.take_over(owed, 0)
+        return taken and bool(self.lease.feed(self.link.link.suspend()))
+
 
 def grant_share(session: Session) -> int:
     """
@@ -175,8 +189,8 @@ class FastPath:
                 way = self._lease(link, epoll)
                 if way is None:
                     continue
-                refused.append(way)  # also if what follows fails, as the link has forgotten a part of a frame
-                if way.lease.feed(link.link.suspend()):
+                refused.append(way)  # also if what follows fails: what it was given is taken back
+                if way.feed():
                     ways.append(refused.pop())
             if ways:
                 assert native is not None
@@ -244,13 +258,7 @@ class FastPath:
             return None
         if tls is not None:
             lease.encrypt(*tls.keys())
-        owed, taken = transport.hand_over(), False
-        try:
-            taken = lease.owe(owed)
-        finally:
-            if not taken:
-                transport.take_over(owed, 0)
-        return _Way(lease, link, transport, members) if taken else None
+        return _Way(lease, link, transport, members)
 
     def _settle(self, ways: list[_Way]) -> int:
         """
@@ -263,8 +271,9 @@ class FastPath:
         for way in ways:
             try:
                 self._take(way, now)
-            except Exception:
-                # Nobody knows any more what was said and heard: there is no memory.
+            except BaseException:
+                # Nobody knows any more what was said and heard: there is no memory.  (A panic of the cipher's
+                # is no Exception.)
                 _log.failure("connection {number}: cannot go on behind the fast path", number=way.link.number)
                 way.failed = True
         for way in ways:
@@ -274,7 +283,7 @@ class FastPath:
                 continue
             try:
                 self._tell(way)
-            except Exception:
+            except BaseException:
                 # What was received and not understood may be lost: the next connection brings it again.
                 _log.failure("connection {number}: closing it", number=way.link.number)
                 way.link.abort()
@@ -290,7 +299,7 @@ class FastPath:
 
     def _take(self, way: _Way, now: float) -> None:
         """Nothing that is called here calls anybody else."""
-        end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried, odd = (
+        end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried, keys = (
             way.lease.settle()
         )
         link = way.link
@@ -302,7 +311,7 @@ class FastPath:
         # Before anybody can have something to say: what is left of a frame comes first.
         way.transport.take_over(unsent, write_end)
         if isinstance(way.transport, TLSTransport):
-            way.transport.take_back_keys(odd)
+            way.transport.take_back_keys(*keys)
         for stream_id, out, _, _, _, consumed, _, untaken, read, write in streams:
             stream, local = way.streams[stream_id]
             assert stream.carrier is not None

@@ -267,17 +267,16 @@ class RecordEngine(Engine):
         self._read_before = self._opener.records
         return self._sealer, self._opener, self.pool, InvalidTag
 
-    def stop(self) -> None:
-        """Something was left out of what was to be sent or read: nothing may follow it."""
-        self._broken = True
-
-    def take_back(self, odd: tuple[int, int, bytes | None, list[memoryview]] | None) -> None:
+    def take_back(self, hole: bool, odd: tuple[int, int, bytes | None, list[memoryview]] | None) -> None:
         """
-        Go on in place of one who has read data.
+        Go on in place of one who has sent and read data.
 
+        @param hole: whether something was left out of it, so that nothing may follow.
         @param odd: the record that is no data, or may not be, as of L{_judge}; and what was received
             behind it.
         """
+        if hole:
+            self._broken = True
         if self._opener.records - self._read_before > (odd is not None):
             self._updates = 0
         if odd is None:

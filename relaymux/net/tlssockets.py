@@ -355,18 +355,16 @@ class TLSTransport(EncryptingConsumer):
 
     def take_over(self, buffers: Sequence[Buffer], error: int) -> None:
         """As L{SocketTransport.take_over}."""
-        if error and self._records is not None:
-            self._records.stop()
         self._socket.take_over(buffers, error)
         # Nobody counts the plain ones here; all that matters is whether there are some.
         self._encrypted = self._socket.queuedBytes
         if self._encrypted:
             self._hold_producer()
 
-    def take_back_keys(self, odd: tuple[int, int, bytes | None, list[memoryview]] | None) -> None:
+    def take_back_keys(self, hole: bool, odd: tuple[int, int, bytes | None, list[memoryview]] | None) -> None:
         """As L{RecordEngine.take_back}; what comes of it, L{take_back} will tell."""
         assert self._records is not None
-        self._records.take_back(odd)
+        self._records.take_back(hole, odd)
 
     def go_on(self) -> None:
         """As L{SocketTransport.go_on}."""
