@@ -61,6 +61,7 @@ COMPILED = (
     "relaymux.net.stream",
     "relaymux.net.streams",
     "relaymux.net.tlsengine",
+    "relaymux.net.tlsreading",
     "relaymux.net.tlsrecords",
     "relaymux.net.tlssockets",
     "relaymux.net.tlswriting",

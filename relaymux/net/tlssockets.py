@@ -53,13 +53,12 @@ from relaymux.interfaces import (
 )
 from relaymux.net.addresses import describe
 from relaymux.net.buffers import BufferPool
-from relaymux.net.receiving import PLAIN_READ, READ_ROOM
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.tlscontext import TLSIdentity
-from relaymux.net.tlsengine import RECORD, make_engine
+from relaymux.net.tlsengine import make_engine
 from relaymux.net.tlserrors import handshake_error, lost_error
+from relaymux.net.tlsreading import DecryptingTransport
 from relaymux.net.tlsrecords import RecordEngine, take_over
-from relaymux.net.tlswriting import EncryptingConsumer
 
 __all__ = ["CLOSE_SECONDS", "HANDSHAKE_SECONDS", "TLSOwner", "TLSTransport"]
 
@@ -123,7 +122,7 @@ class _Below:
         """C{connectionLost} comes next."""
 
 
-class TLSTransport(EncryptingConsumer):
+class TLSTransport(DecryptingTransport):
     """
     A connection whose peer has proved who it is.
 
@@ -147,16 +146,12 @@ class TLSTransport(EncryptingConsumer):
         """
         self.below = _Below(self)
         self.peerIdentity = identity.credentials.peer.identity
-        self._pool = pool
         self._owner = owner
         self._certificate = identity.credentials.certificate
         self._is_server = is_server
         connection, self._check = identity.connection(is_server=is_server)
-        super().__init__(reactor, make_engine(connection, cipher_pool))
-        self._protocol: IProtocol | None = None
+        super().__init__(reactor, make_engine(connection, cipher_pool), pool)
         self._records: RecordEngine | None = None  # the engine, if it is one whose keys can be lent
-        self._paused = False
-        self._undelivered = False
         self._timer: IDelayedCall | None = None
 
     # What it is
@@ -226,102 +221,6 @@ class TLSTransport(EncryptingConsumer):
         self._send_encrypted()
         self._close_socket()
 
-    # Reading
-
-    def pauseProducing(self) -> None:
-        self._paused = True
-        self._socket.pauseProducing()
-
-    def resumeProducing(self) -> None:
-        self._paused = False
-        if self._undelivered:
-            # What OpenSSL still has comes first, but not from within this call.
-            self._reactor.callLater(0, self._deliver_rest)
-        elif self._is_open():
-            self._socket.resumeProducing()
-
-    def stopProducing(self) -> None:
-        self.loseConnection()
-
-    def expectBytes(self, count: int) -> None:
-        """See L{IExpectingTransport}."""
-        # A record counts when it is there as a whole, and OpenSSL may have most of one.
-        self._socket.expectBytes(count - RECORD)
-
-    def _encrypted_received(self, buffers: Sequence[memoryview]) -> None:
-        if self._reason is not None or self._closing:
-            return
-        for data in buffers:
-            self._engine.feed(data)
-        if self._protocol is None:
-            self._shake_hands()
-        if self._protocol is not None:
-            self._deliver()
-
-    def _deliver(self) -> None:
-        """Pass on what OpenSSL has, unless the protocol has paused, and say so if that was the end."""
-        self._undelivered = False
-        try:
-            if self._receiver is not None:
-                self._deliver_buffers(self._receiver)
-            else:
-                self._deliver_bytes()
-        except SSL.Error as error:
-            if self._is_open():
-                self._input_over(error)
-            return
-        # Reading may have made OpenSSL answer: a new key, for example.
-        if self._is_open():
-            self._send_encrypted()
-
-    def _deliver_buffers(self, receiver: IBufferReceiver) -> None:
-        """@raise SSL.Error: there is nothing more, since the peer has closed or TLS is broken."""
-        if self._paused or not self._is_open():
-            self._undelivered = True
-            return
-        buffers = self._engine.read(self._pool)
-        if buffers:
-            receiver.buffersReceived(buffers)
-        if self._engine.error is not None:
-            raise self._engine.error
-
-    def _deliver_bytes(self) -> None:
-        """As L{_deliver_buffers}; pausing takes effect with the next portion."""
-        while self._protocol is not None and self._is_open():
-            if self._paused:
-                self._undelivered = True
-                return
-            room = self._pool.room(READ_ROOM)[:PLAIN_READ]
-            count = self._engine.read_into(room)
-            if not count:
-                return
-            self._protocol.dataReceived(bytes(room[:count]))
-
-    def _input_over(self, error: SSL.Error) -> None:
-        """Nothing more can be received."""
-        if not isinstance(error, SSL.ZeroReturnError):
-            self._fail(lost_error(error, self._peer, self._certificate))
-        elif self.queuedBytes:
-            self._fail(
-                ConnectionLost(f"{self._peer} closed before it had taken the last {self.queuedBytes} bytes")
-            )
-        else:
-            self._reason = ConnectionDone()
-            self._say_goodbye()
-
-    def _deliver_rest(self) -> None:
-        if self._paused or not self._undelivered or not self._is_open():
-            return
-        try:
-            self._deliver()
-        except Exception as error:
-            _log.failure("exception from the protocol of {peer}", peer=self._peer)
-            self._reason = error
-            self._socket.abortConnection()
-        else:
-            if not self._paused and self._is_open():
-                self._socket.resumeProducing()
-
     # Lending the socket, as SocketTransport does
 
     def fileno(self) -> int:
@@ -379,6 +278,18 @@ class TLSTransport(EncryptingConsumer):
 
     # Ending
 
+    def _input_over(self, error: SSL.Error) -> None:
+        """Nothing more can be received."""
+        if not isinstance(error, SSL.ZeroReturnError):
+            self._fail(lost_error(error, self._peer, self._certificate))
+        elif self.queuedBytes:
+            self._fail(
+                ConnectionLost(f"{self._peer} closed before it had taken the last {self.queuedBytes} bytes")
+            )
+        else:
+            self._reason = ConnectionDone()
+            self._say_goodbye()
+
     def loseConnection(self) -> None:
         """Send what is queued, tell the peer that this is the end, and close; within L{CLOSE_SECONDS}."""
         if not self.connected or self._closing or self._reason is not None:
@@ -432,9 +343,6 @@ class TLSTransport(EncryptingConsumer):
         if producer is not None:
             producer.stopProducing()
         protocol.connectionLost(Failure(error))
-
-    def _is_open(self) -> bool:
-        return self.connected and self._reason is None and not self._closing
 
     def _cancel_timer(self) -> None:
         if self._timer is not None and self._timer.active():
