@@ -156,7 +156,7 @@ def connect_unix_at_once(
     try:
         sock.setblocking(False)
         _dial(sock, path, follow_links=follow_links)
-        transport = transport_for(reactor, sock, target, pool, UNIXAddress(path), host=address_of(None))
+        transport = transport_for(reactor, sock, target, pool, address_of(path), host=address_of(None))
     except OSError:
         sock.close()
         return False
