@@ -23,8 +23,9 @@ __all__ = ["FLIGHT_BYTES", "UNBOUNDED", "Flight"]
 UNBOUNDED: Final = 2**64
 
 #: Bytes that bulk may have on its way beside a message, on a line that takes no time.
-#: With these, and a PING for every half of them, both daemons have always something to do.
-FLIGHT_BYTES = 256 * 1024
+#: Half a turn of reading: with more p99 of a message is worse, with less bulk is slower than ssh's
+#: (docs/decisions/0023).
+FLIGHT_BYTES = 64 * 1024
 
 #: Bytes per second for which there is room besides, times the round trip: what is on a long
 #: line is not in anybody's queue.  About what one daemon sends.
