@@ -285,6 +285,16 @@ class NativeBufferPoolTests(PoolTests, SynchronousTestCase):
 
     make = BufferPool
 
+    def test_kept_beside_what_is_lent(self: Any) -> None:
+        """Half as many buffers as are lent are kept for the next need, and few when nothing is lent."""
+        pool = self.make(1000, 4)
+        views = [fill(pool, b"x" * 1000, 1000) for _ in range(100)]
+        del views[60:]
+        # 30 kept, and perhaps the one that is being filled.
+        self.assertIn(pool.held_bytes // 1000, range(90, 93))
+        views.clear()
+        self.assertLessEqual(pool.held_bytes // 1000, 5)
+
     def test_memory_that_nobody_sees(self: Any) -> None:
         """As long as nobody has a view of it a buffer is used from its beginning, not from behind that."""
         pool = self.make(1000)

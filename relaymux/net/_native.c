@@ -43,16 +43,41 @@ static void buffer_free(char *memory, Py_ssize_t size)
 
 static void store_disown(Store *store)
 {
-    if (!--store->owners)
+    if (!--store->owners) {
+        free(store->free);
         free(store);
+    }
+}
+
+/*
+ * Keep an idle buffer for the next need.  On a long line many come back at once, with an acknowledgement, and
+ * as many are needed right behind that: half as many as are lent are kept, and what was lent in a burst goes.
+ */
+static void store_keep(Store *store, char *memory)
+{
+    Py_ssize_t most = store->lent / 2 > store->least_idle ? store->lent / 2 : store->least_idle;
+    while (store->idle > most)
+        buffer_free(store->free[--store->idle], store->size);
+    if (store->idle == store->places && store->idle < most) {
+        Py_ssize_t places = 2 * store->places > most ? 2 * store->places : most;
+        char **more = realloc(store->free, places * sizeof(char *));
+        if (more) {
+            store->free = more;
+            store->places = places;
+        }
+    }
+    if (store->idle < most && store->idle < store->places)
+        store->free[store->idle++] = memory;
+    else
+        buffer_free(memory, store->size);
 }
 
 static void lent_dealloc(Lent *lent)
 {
     Store *store = lent->store;
     store->lent--;
-    if (store->has_pool && store->idle < store->most_idle)
-        store->free[store->idle++] = lent->memory;
+    if (store->has_pool)
+        store_keep(store, lent->memory);
     else
         buffer_free(lent->memory, store->size);
     store_disown(store);
@@ -171,10 +196,10 @@ static PyObject *pool_new(PyTypeObject *type, PyObject *args, PyObject *keywords
         PyErr_SetString(PyExc_ValueError, "size or idle out of range");
         return NULL;
     }
-    Store *store = malloc(sizeof(Store) + idle * sizeof(char *));
+    Store *store = malloc(sizeof(Store));
     if (!store)
         return PyErr_NoMemory();
-    *store = (Store){.owners = 1, .size = size, .most_idle = idle, .has_pool = 1};
+    *store = (Store){.owners = 1, .size = size, .least_idle = idle, .has_pool = 1};
     Pool *pool = (Pool *)type->tp_alloc(type, 0);
     if (!pool) {
         free(store);

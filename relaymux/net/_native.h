@@ -15,9 +15,10 @@ typedef struct {
     Py_ssize_t size;   /* bytes of each buffer */
     Py_ssize_t lent;
     Py_ssize_t idle;
-    Py_ssize_t most_idle;
+    Py_ssize_t least_idle; /* so many are kept in any case */
     int has_pool;
-    char *free[]; /* the idle ones; the last one returned is the first used again */
+    Py_ssize_t places; /* of `free` */
+    char **free; /* the idle ones; the last one returned is the first used again */
 } Store;
 
 /* A buffer that is lent: lives as long as any view of it does, and then goes back. */
