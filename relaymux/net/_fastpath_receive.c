@@ -207,13 +207,8 @@ int take_in(Lease *lease, const Piece *piece)
             lease->header_length = 0;
         }
     }
-    if (!length)
-        return 0;
     Piece rest = {piece->owner, at, length};
-    PyObject *buffer = as_buffer(&rest);
-    int failed = !buffer || PyList_Append(lease->left, buffer);
-    Py_XDECREF(buffer);
-    return failed ? -1 : 0;
+    return append_buffer(lease->left, &rest);
 }
 
 void deliver_all(Lease *lease)
@@ -222,22 +217,11 @@ void deliver_all(Lease *lease)
         deliver(lease, &lease->streams[i]);
 }
 
-/* Leave what was received to Python, as it is.  -1 with an exception. */
-static int leave_encrypted(Lease *lease, const Piece *piece)
-{
-    if (!piece->length)
-        return 0;
-    PyObject *buffer = as_buffer(piece);
-    int failed = !buffer || PyList_Append(lease->unread, buffer);
-    Py_XDECREF(buffer);
-    return failed ? -1 : 0;
-}
-
 /* Take in what was received encrypted, up to a record that is not data.  -1 with an exception. */
 static int decrypt(Lease *lease, const Piece *piece)
 {
     if (lease->unread)
-        return leave_encrypted(lease, piece);
+        return append_buffer(lease->unread, piece); /* as it is */
     Pieces plain = {.count = 0};
     Output output = {.pool = lease->pool, .pieces = &plain};
     Py_ssize_t used;
@@ -254,7 +238,7 @@ static int decrypt(Lease *lease, const Piece *piece)
     if (!(lease->unread = PyList_New(0)))
         return -1;
     Piece rest = {piece->owner, piece->memory + used, piece->length - used};
-    return leave_encrypted(lease, &rest);
+    return append_buffer(lease->unread, &rest);
 }
 
 /* The link has something.  -1 with an exception. */

@@ -79,7 +79,7 @@ Py_ssize_t gather(Output *output, int fd, Py_ssize_t limit, Py_ssize_t minimum, 
 /* _pieces.c */
 void drop(Pieces *pieces);
 int append(Pieces *pieces, PyObject *owner, char *memory, Py_ssize_t length);
-PyObject *as_buffer(const Piece *piece);
+int append_buffer(PyObject *list, const Piece *piece);
 int append_buffers(PyObject *list, const Pieces *pieces);
 PyObject *as_list(const Pieces *pieces);
 Py_ssize_t put(int fd, Pieces *pieces, int *error);

@@ -53,7 +53,7 @@ static void shorten(Pieces *pieces, Py_ssize_t count)
 }
 
 /* As what Python passes on. */
-PyObject *as_buffer(const Piece *piece)
+static PyObject *as_buffer(const Piece *piece)
 {
     if (!piece->owner)
         return PyBytes_FromStringAndSize(piece->memory, piece->length);
@@ -66,16 +66,22 @@ PyObject *as_buffer(const Piece *piece)
     return PySequence_GetSlice(piece->owner, start, start + piece->length);
 }
 
+/* Append a piece to a list of Python's; nothing is appended for no bytes.  -1 with an exception. */
+int append_buffer(PyObject *list, const Piece *piece)
+{
+    if (!piece->length)
+        return 0;
+    PyObject *buffer = as_buffer(piece);
+    int failed = !buffer || PyList_Append(list, buffer);
+    Py_XDECREF(buffer);
+    return failed ? -1 : 0;
+}
+
 int append_buffers(PyObject *list, const Pieces *pieces)
 {
-    for (int i = 0; i < pieces->count; i++) {
-        PyObject *buffer = as_buffer(&pieces->piece[i]);
-        if (!buffer || PyList_Append(list, buffer)) {
-            Py_XDECREF(buffer);
+    for (int i = 0; i < pieces->count; i++)
+        if (append_buffer(list, &pieces->piece[i]))
             return -1;
-        }
-        Py_DECREF(buffer);
-    }
     return 0;
 }
 
