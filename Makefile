@@ -37,7 +37,7 @@ COMPILED_TESTS = $(sort $(wildcard tests/test_core*.py tests/test_properties*.py
 	tests/test_net_*.py tests/test_tls*.py)) \
 	tests/test_sockets.py tests/test_reactor.py tests/test_buffers.py tests/test_turns.py tests/test_transports.py \
 	tests/test_apart.py tests/test_connect.py tests/test_endings.py tests/test_given_up.py tests/test_status.py \
-	tests/test_thirdparty.py tests/test_vms.py tests/test_fastpath.py $(sort $(wildcard tests/test_budget*.py))
+	tests/test_thirdparty.py tests/test_vms.py $(sort $(wildcard tests/test_fastpath*.py)) $(sort $(wildcard tests/test_budget*.py))
 # The path is for the programs that tests start: the virtualenv leads them to the checkout.
 IN_COMPILED = cd $(COMPILED) && PYTHONPATH=$(abspath $(COMPILED)) $(abspath $(BIN))/python
 

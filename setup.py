@@ -80,6 +80,8 @@ NATIVE_SOURCES = (
     "_fastpath_lease.c",
     "_fastpath_send.c",
     "_fastpath_receive.c",
+    "_fastpath_pages.c",
+    "_fastpath_pipes.c",
 )
 NATIVE_HEADERS = ("_native.h", "_records.h", "_fastpath.h")
 

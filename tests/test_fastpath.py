@@ -42,7 +42,7 @@ from relaymux.net.tlsengine import CIPHER_BUFFER_SIZE
 from relaymux.net.tlssockets import TLSTransport
 from tests.sockets import content
 from tests.tls import AUTHORITY, CLIENT, SERVER, Files
-from tests.wire import parse, u64
+from tests.wire import join, parse, u64
 
 MIB = 1024 * 1024
 
@@ -125,11 +125,16 @@ class Records:
 
 
 class LeaseTestCase(SynchronousTestCase):
-    """Two pairs of sockets, with a lease in the middle."""
+    """
+    Two pairs of sockets, with a lease in the middle.
+
+    @ivar pages: what the lease passes pages on by, or L{None}.
+    """
 
     def setUp(self) -> None:
         if native is None:
             raise SkipTest("needs what is compiled: make test-compiled")
+        self.pages: Any = None
         self.epoll = select.epoll()
         self.addCleanup(self.epoll.close)
         self.link, self.peer = self.sockets()
@@ -156,6 +161,7 @@ class LeaseTestCase(SynchronousTestCase):
         ack_bytes: int = 1 << 19,
         keys: Records | None = None,
         ciphers: BufferPool | None = None,
+        turn: int = 1 << 19,
     ) -> Any:
         """
         @param credit: bytes that may be sent for stream 3.
@@ -163,6 +169,7 @@ class LeaseTestCase(SynchronousTestCase):
         @param most_held: bytes that may be unacknowledged.
         @param window: what was received for it, and consumed; the credit for that, its window, and a step.
         @param keys: by which the link is encrypted, in C{ciphers}.
+        @param turn: bytes to read of the local socket at once.
         """
         assert native is not None
         lease = native.Lease(
@@ -171,17 +178,25 @@ class LeaseTestCase(SynchronousTestCase):
             self.epoll.fileno(),
             (before[-1] if before else 0, 0, 1 << 30, most_held, 256, list(before)),
             (0, 0, ack_bytes, 1 << 20),
-            (1 << 19, 1 << 19),
+            (turn, 1 << 19),
             1,
         )
         if keys is not None:
             lease.encrypt(keys.sealer, keys.opener, ciphers or BufferPool(CIPHER_BUFFER_SIZE), InvalidTag)
+        if self.pages is not None:
+            lease.pass_on(self.pages, 1 << 19)
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
     def wait(self, lease: Any, seconds: float = 0.05) -> list[tuple[int, int]]:
         assert native is not None
         return list(native.wait(self.epoll.fileno(), -1.0, seconds, [lease]))
+
+    def left(self, settled: Any) -> bytes:
+        """What a lease has left to Python: of what was received, and what still is to be."""
+        with contextlib.suppress(BlockingIOError):
+            return join(settled[6]) + self.link.recv(1 << 20)
+        return join(settled[6])
 
 
 class LeaseTests(LeaseTestCase):
@@ -237,7 +252,7 @@ class LeaseTests(LeaseTestCase):
         self.peer.send(encode(Kind.ACK, 0, u64(100)) + wrong)
         self.assertEqual(self.wait(lease), [])
         settled = lease.settle()
-        self.assertEqual((settled[1], b"".join(map(bytes, settled[6]))), (100, wrong))
+        self.assertEqual((settled[1], self.left(settled)), (100, wrong))
         self.assertRaises(BlockingIOError, self.program.recv, 100)
 
     def test_peer_acknowledges_nothing(self) -> None:
@@ -280,7 +295,7 @@ class LeaseTests(LeaseTestCase):
             self.peer.send(good + bad + good)
             self.assertEqual(self.wait(lease), [])
             settled = lease.settle()
-            self.assertEqual(b"".join(map(bytes, settled[6])), bad + good)
+            self.assertEqual(self.left(settled), bad + good)
             self.assertEqual((settled[2], self.program.recv(9000)), (len(good), content(96)))
 
     def test_blocked(self) -> None:
@@ -505,9 +520,11 @@ class FastPathTests(SynchronousTestCase):
     Two daemons' peers in a reactor of their own, with real sockets everywhere.
 
     @cvar tls: whether they are joined by TLS.
+    @cvar tcp: whether by TCP, and not by a UNIX socket.
     """
 
     tls = False
+    tcp = True
 
     def setUp(self) -> None:
         if native is None:
@@ -571,13 +588,13 @@ class FastPathTests(SynchronousTestCase):
         until = self.reactor.seconds() + seconds
         self.run_until(lambda: self.reactor.seconds() > until, "time passed")
 
-    def link(self, *, tcp: bool = True, buffer: int = 0) -> None:
+    def link(self, *, buffer: int = 0) -> None:
         """
         Join the peers.
 
         @param buffer: what the kernel may hold of each direction, or 0 for what it likes.
         """
-        pair = self.tcp_pair() if tcp else socket.socketpair()
+        pair = self.tcp_pair() if self.tcp else socket.socketpair()
         if buffer:
             for sock in pair:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
@@ -659,14 +676,6 @@ class BulkTests(FastPathTests):
     def test_one_way(self) -> None:
         """A stream arrives as it was sent, most of it the fast way."""
         self.link()
-        self.one_way()
-
-    def test_over_unix(self) -> None:
-        """So it does over a link of a UNIX socket."""
-        self.link(tcp=False)
-        self.one_way()
-
-    def one_way(self) -> None:
         near, far = self.serve("ram", BULK, b"")
         self.start(near, far)
         self.over(near, far)

@@ -345,12 +345,29 @@ class Encrypted(Plain):
         return self._records.open(data)
 
 
+class PassedOn(Plain):
+    """One side of a link by which pages are passed on."""
+
+    def __init__(self) -> None:
+        assert native is not None
+        self._pages = native.Pages()
+
+    def use(self, lease: Any) -> None:
+        lease.pass_on(self._pages, 1 << 17)
+
+
 class WaitTests(FastPathTestCase):
     """All of it, with a peer that reads and writes when and as much as it likes."""
 
-    def check(self, seed: int, *, small: bool, encrypted: bool = False) -> None:
+    def check(
+        self, seed: int, *, small: bool, ours: Plain | None = None, theirs: Plain | None = None
+    ) -> None:
+        """
+        @param ours: our side of the link, not encrypted if it is L{None}.
+        @param theirs: the peer's.
+        """
         chance = random.Random(seed)
-        ours, theirs = (Encrypted(1, 2), Encrypted(2, 1)) if encrypted else (Plain(), Plain())
+        ours, theirs = ours or Plain(), theirs or Plain()
         side = Side(1 if small else None)
         link, peer = socket.socketpair()
         epoll = select.epoll()
@@ -551,10 +568,22 @@ class WaitTests(FastPathTestCase):
     @given(st.integers(0, 2**32))
     def test_slow_and_encrypted(self, seed: int) -> None:
         """The same over TLS."""
-        self.check(seed, small=True, encrypted=True)
+        self.check(seed, small=True, ours=Encrypted(1, 2), theirs=Encrypted(2, 1))
 
     @bounded(8)
     @given(st.integers(0, 2**32))
     def test_fast_and_encrypted(self, seed: int) -> None:
         """The same over TLS."""
-        self.check(seed, small=False, encrypted=True)
+        self.check(seed, small=False, ours=Encrypted(1, 2), theirs=Encrypted(2, 1))
+
+    @bounded(8)
+    @given(st.integers(0, 2**32))
+    def test_slow_and_passed_on(self, seed: int) -> None:
+        """The same without copies."""
+        self.check(seed, small=True, ours=PassedOn())
+
+    @bounded(8)
+    @given(st.integers(0, 2**32))
+    def test_fast_and_passed_on(self, seed: int) -> None:
+        """The same without copies."""
+        self.check(seed, small=False, ours=PassedOn())

@@ -8,7 +8,7 @@
  * itself.  docs/decisions/0029-a-fast-path-for-bulk.md has the whole story.
  *
  * Here it waits.  _fastpath_lease.c has what it waits for, _fastpath_send.c and
- * _fastpath_receive.c what is done then.
+ * _fastpath_receive.c what is done then, and _fastpath_pages.c how to do it without a copy.
  */
 
 #include "_fastpath.h"
@@ -197,7 +197,8 @@ static PyMethodDef functions[] = {
 
 int add_fastpath(PyObject *module)
 {
-    if (PyType_Ready(&LeaseType) || PyModule_AddFunctions(module, functions))
+    if (PyType_Ready(&LeaseType) || PyType_Ready(&PagesType) || PyModule_AddFunctions(module, functions) ||
+        PyModule_AddObjectRef(module, "Pages", (PyObject *)&PagesType))
         return -1;
     return PyModule_AddObjectRef(module, "Lease", (PyObject *)&LeaseType);
 }

@@ -29,12 +29,31 @@ enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
 #define MOST_SENT 64
 #define MOST_STREAMS 64
 
+/* Pipes in which pages wait to be acknowledged. */
+#define STORES 4
+
+typedef struct {
+    int read, write, is_open;
+} Pipe;
+
+/* What passes pages on; nothing is in it between two leases. */
+typedef struct {
+    PyObject_HEAD
+    int is_lent; /* a lease has it that is not settled */
+    Pipe out, line, in;
+    Pipe store[STORES]; /* used in turn, from `first` to `last` */
+    Py_ssize_t stored[STORES];
+    int first, last;
+    int nowhere; /* /dev/null */
+} Pages;
+
 /* A sequenced frame that was sent and not acknowledged. */
 typedef struct {
     uint64_t end; /* in the numbering of sequenced bytes */
     int head_length;
     unsigned char head[CREDIT_FRAME];
-    Pieces payload;
+    Pieces payload; /* or, where pages are passed on: */
+    Py_ssize_t stored, useless; /* bytes of it; and before them, of nothing */
 } Sent;
 
 typedef struct {
@@ -66,6 +85,17 @@ typedef struct {
     int hole; /* something was left out of what was to be encrypted, or decrypted */
     Odd odd;
     PyObject *unread; /* a list: what has arrived behind an odd record */
+    /* Of a link that pages can be passed on to; else NULL. */
+    Pages *pages;
+    Py_ssize_t leading;     /* bytes of `line` that follow `unsent` */
+    Py_ssize_t leaving;     /* bytes of `out` that follow them */
+    Py_ssize_t forgotten;   /* bytes that need not be stored any longer */
+    int lost;               /* something that was taken could not be stored: it cannot be settled */
+    int gets_data;          /* DATA has arrived */
+    Py_ssize_t whole;       /* bytes of `in` of frames that are complete, and the stream's whose they are; */
+    Stream *whole_stream;   /* they follow what is in its `untaken` */
+    Py_ssize_t arriving;    /* bytes of `in` behind them, of the frame that arrives; they follow `payload` */
+    unsigned char few[2 * OFFSET]; /* the payload of an ACK or CREDIT that arrives */
     /* What is sent. */
     uint64_t end, acknowledged, settled_end;
     int64_t room; /* of the replay buffer; negative with control frames beyond it */
@@ -96,6 +126,7 @@ typedef struct {
 } Lease;
 
 extern PyTypeObject LeaseType; /* _fastpath_lease.c */
+extern PyTypeObject PagesType; /* _fastpath_pipes.c */
 
 /* An exception that waits, or none: what is called meanwhile may have its own. */
 typedef struct {
@@ -107,14 +138,35 @@ Error keep_error(void);
 int raise_again(Error error, int failed);
 void watch(const Lease *lease, int fd, uint32_t events);
 void release(Lease *lease, Stream *stream);
+void push(Lease *lease);
+Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length);
+Pieces lead(Lease *lease, Sent *sent);
 int from_local(Lease *lease, Stream *stream);
 int go_on(Lease *lease);
 int link_takes(Lease *lease);
 
 /* _fastpath_receive.c */
-int from_link(Lease *lease);
-int take_in(Lease *lease, const Piece *piece);
+int begin_frame(Lease *lease);
+int end_frame(Lease *lease);
 int give_up_frame(Lease *lease);
+int take_in(Lease *lease, const Piece *piece);
+Py_ssize_t take_pieces(Lease *lease, Py_ssize_t limit, Py_ssize_t again, int *lost);
+void deliver(Lease *lease, Stream *stream);
 void deliver_all(Lease *lease);
+int from_link(Lease *lease);
+
+/* _fastpath_pages.c */
+int send_pages(Lease *lease, Stream *stream, Py_ssize_t most);
+int take_pages(Lease *lease, int *lost);
+
+/* _fastpath_pipes.c */
+Py_ssize_t pages_take(int fd, const Pipe *pipe, Py_ssize_t limit, Py_ssize_t again, int *ended);
+Py_ssize_t pages_put(int fd, const Pipe *pipe, Py_ssize_t length, int *error);
+int pages_can_store(const Pages *pages);
+Py_ssize_t pages_store(Pages *pages, Py_ssize_t length);
+Py_ssize_t pages_lead(Pages *pages, const void *head, Py_ssize_t size, Py_ssize_t length);
+int pages_forget(Pages *pages, Py_ssize_t *length);
+int pages_copy(const Pipe *pipe, Py_ssize_t *length, Output *output);
+int pages_copy_stored(Pages *pages, Py_ssize_t *length, Output *output);
 
 #endif

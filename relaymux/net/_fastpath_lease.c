@@ -25,6 +25,7 @@ static void lease_dealloc(Lease *lease)
     Py_XDECREF(lease->ciphers);
     Py_XDECREF(lease->opener);
     Py_XDECREF(lease->sealer);
+    Py_XDECREF(lease->pages);
     Py_XDECREF(lease->pool);
     PyMem_Free(lease->sent);
     PyMem_Free(lease->ends);
@@ -87,8 +88,8 @@ static PyObject *lease_encrypt(Lease *lease, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!O!O!O:encrypt", &SealerType, &sealer, &OpenerType, &opener, &PoolType,
                           &ciphers, &wrong_tag))
         return NULL;
-    if (lease->sealer) {
-        PyErr_SetString(PyExc_RuntimeError, "it is encrypted");
+    if (lease->sealer || lease->pages) {
+        PyErr_SetString(PyExc_RuntimeError, "it is encrypted, or has pages passed on");
         return NULL;
     }
     /* Of what is read, and of a frame that is encrypted, there are few pieces then. */
@@ -98,6 +99,22 @@ static PyObject *lease_encrypt(Lease *lease, PyObject *args)
     lease->opener = (Records *)Py_NewRef(opener);
     lease->ciphers = (Pool *)Py_NewRef(ciphers);
     lease->wrong_tag = Py_NewRef(wrong_tag);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lease_pass_on(Lease *lease, PyObject *args)
+{
+    Pages *pages;
+    Py_ssize_t link_turn;
+    if (!PyArg_ParseTuple(args, "O!n:pass_on", &PagesType, &pages, &link_turn))
+        return NULL;
+    if (lease->sealer || lease->pages || pages->is_lent) {
+        PyErr_SetString(PyExc_RuntimeError, "it is encrypted, has pages, or another lease has these");
+        return NULL;
+    }
+    pages->is_lent = 1;
+    lease->pages = (Pages *)Py_NewRef(pages);
+    lease->link_turn = link_turn;
     Py_RETURN_NONE;
 }
 
@@ -194,12 +211,23 @@ static PyObject *lease_feed(Lease *lease, PyObject *buffers)
     return PyBool_FromLong(!lease->over);
 }
 
+/* Append the first `*length` bytes of a pipe to a list.  -1 with an exception. */
+static int append_pages(Lease *lease, PyObject *list, const Pipe *pipe, Py_ssize_t *length)
+{
+    Output output = {.pool = lease->pool, .views = list};
+    return *length ? pages_copy(pipe, length, &output) : 0;
+}
+
 /* One stream's part of what settle() returns. */
-static PyObject *stream_result(const Stream *stream)
+static PyObject *stream_result(Lease *lease, const Stream *stream)
 {
     PyObject *untaken = as_list(&stream->untaken);
     if (!untaken)
         return NULL;
+    if (stream == lease->whole_stream && append_pages(lease, untaken, &lease->pages->in, &lease->whole)) {
+        Py_DECREF(untaken);
+        return NULL;
+    }
     return Py_BuildValue("(IKKKKKKNii)", stream->id, (unsigned long long)(stream->sent - stream->sent_before),
                          (unsigned long long)stream->limit, (unsigned long long)stream->delivered,
                          (unsigned long long)(stream->received - stream->received_before),
@@ -207,13 +235,22 @@ static PyObject *stream_result(const Stream *stream)
                          (unsigned long long)stream->granted, untaken, stream->read_end, stream->write_end);
 }
 
-static PyObject *sent_result(const Sent *sent)
+/* Append what is stored of a frame.  -1 with an exception. */
+static int append_stored(Lease *lease, PyObject *list, Sent *sent)
+{
+    Output output = {.pool = lease->pool, .views = list};
+    return pages_forget(lease->pages, &sent->useless) ||
+           pages_copy_stored(lease->pages, &sent->stored, &output) ? -1 : 0;
+}
+
+static PyObject *sent_result(Lease *lease, Sent *sent)
 {
     PyObject *buffers = PyList_New(0);
     if (!buffers)
         return NULL;
     PyObject *head = PyBytes_FromStringAndSize((char *)sent->head, sent->head_length);
-    if (!head || PyList_Append(buffers, head) || append_buffers(buffers, &sent->payload)) {
+    if (!head || PyList_Append(buffers, head) || append_buffers(buffers, &sent->payload) ||
+        (sent->stored && append_stored(lease, buffers, sent))) {
         Py_XDECREF(head);
         Py_DECREF(buffers);
         return NULL;
@@ -231,34 +268,55 @@ static PyObject *odd_result(const Lease *lease)
     return Py_BuildValue("(iiOO)", odd->alert, odd->type, odd->message ? odd->message : Py_None, lease->unread);
 }
 
+/* Fill the lists that settle() returns.  -1 with an exception. */
+static int fill(Lease *lease, PyObject *sent, PyObject *streams, PyObject *unsent)
+{
+    if (lease->lost) {
+        PyErr_SetString(PyExc_RuntimeError, "pages that were taken could not be stored");
+        return -1;
+    }
+    if (give_up_frame(lease) || append_buffers(unsent, &lease->unsent))
+        return -1;
+    if (lease->pages && (append_pages(lease, unsent, &lease->pages->line, &lease->leading) ||
+                         append_pages(lease, unsent, &lease->pages->out, &lease->leaving) ||
+                         pages_forget(lease->pages, &lease->forgotten)))
+        return -1;
+    for (int i = 0; i < lease->sent_count; i++) {
+        PyObject *frame = sent_result(lease, &lease->sent[(lease->first + i) % MOST_SENT]);
+        if (!frame || PyList_Append(sent, frame)) {
+            Py_XDECREF(frame);
+            return -1;
+        }
+        Py_DECREF(frame);
+    }
+    for (int i = 0; i < lease->stream_count; i++) {
+        PyObject *stream = stream_result(lease, &lease->streams[i]);
+        if (!stream || PyList_Append(streams, stream)) {
+            Py_XDECREF(stream);
+            return -1;
+        }
+        Py_DECREF(stream);
+    }
+    /* Behind what is whole. */
+    return lease->pages ? append_pages(lease, lease->left, &lease->pages->in, &lease->arriving) : 0;
+}
+
 static PyObject *lease_settle(Lease *lease, PyObject *unused)
 {
     if (lease->settled) {
         PyErr_SetString(PyExc_RuntimeError, "settled before");
         return NULL;
     }
-    PyObject *sent = PyList_New(0), *streams = PyList_New(0), *unsent = NULL, *odd;
-    if (!sent || !streams || give_up_frame(lease))
+    PyObject *sent = PyList_New(0), *streams = PyList_New(0), *unsent = PyList_New(0), *odd = NULL;
+    if (!sent || !streams || !unsent || begin_use(lease->pool))
         goto fail;
-    for (int i = 0; i < lease->sent_count; i++) {
-        PyObject *frame = sent_result(&lease->sent[(lease->first + i) % MOST_SENT]);
-        if (!frame || PyList_Append(sent, frame)) {
-            Py_XDECREF(frame);
-            goto fail;
-        }
-        Py_DECREF(frame);
-    }
-    for (int i = 0; i < lease->stream_count; i++) {
-        PyObject *stream = stream_result(&lease->streams[i]);
-        if (!stream || PyList_Append(streams, stream)) {
-            Py_XDECREF(stream);
-            goto fail;
-        }
-        Py_DECREF(stream);
-    }
-    if (!(unsent = as_list(&lease->unsent)) || !(odd = odd_result(lease)))
+    int failed = fill(lease, sent, streams, unsent);
+    end_use(lease->pool, NULL);
+    if (failed || !(odd = odd_result(lease)))
         goto fail;
     lease->settled = 1;
+    if (lease->pages)
+        lease->pages->is_lent = 0; /* nothing is in it any more */
     return Py_BuildValue("(KKKKNNOiNiK(NN))", (unsigned long long)lease->end,
                          (unsigned long long)lease->acknowledged,
                          (unsigned long long)lease->rx_next, (unsigned long long)lease->rx_acknowledged, sent,
@@ -273,6 +331,7 @@ fail:
 
 static PyMethodDef lease_methods[] = {
     {"encrypt", (PyCFunction)lease_encrypt, METH_VARARGS, NULL},
+    {"pass_on", (PyCFunction)lease_pass_on, METH_VARARGS, NULL},
     {"add", (PyCFunction)lease_add, METH_VARARGS, NULL},
     {"owe", (PyCFunction)lease_owe, METH_O, NULL},
     {"feed", (PyCFunction)lease_feed, METH_O, NULL},

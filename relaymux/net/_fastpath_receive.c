@@ -43,7 +43,9 @@ static int acknowledge(Lease *lease, uint64_t offset)
         if (lease->sent[(lease->first + last) % MOST_SENT].end != offset)
             return -1;
         for (; last >= 0; last--) {
-            drop(&lease->sent[lease->first].payload);
+            Sent *sent = &lease->sent[lease->first];
+            drop(&sent->payload);
+            lease->forgotten += sent->useless + sent->stored;
             lease->first = (lease->first + 1) % MOST_SENT;
             lease->sent_count--;
             lease->room += lease->frame_cost;
@@ -65,7 +67,7 @@ static Stream *stream_of(Lease *lease, uint32_t id)
 }
 
 /* Whether the frame whose header has arrived is one of those that are for us. */
-static int begin_frame(Lease *lease)
+int begin_frame(Lease *lease)
 {
     const unsigned char *header = lease->header;
     uint32_t id = get32(header + 4), length = get32(header + 8);
@@ -80,6 +82,7 @@ static int begin_frame(Lease *lease)
         return 0;
     if (lease->kind == CREDIT)
         return stream->reads && length == 2 * OFFSET;
+    lease->gets_data |= lease->kind == DATA;
     return lease->kind == DATA && stream->writes && length && length <= lease->max_payload &&
            length <= stream->granted - stream->received;
 }
@@ -106,12 +109,20 @@ static int take_credit(Lease *lease, const unsigned char *payload)
 }
 
 /* Have the stream's socket take what has arrived for it. */
-static void deliver(Lease *lease, Stream *stream)
+void deliver(Lease *lease, Stream *stream)
 {
-    if (!stream->untaken.count)
+    Py_ssize_t pages = stream == lease->whole_stream ? lease->whole : 0;
+    if (!stream->untaken.count && !pages)
         return;
-    stream->consumed += put(stream->fd, &stream->untaken, &stream->write_end);
-    if (stream->untaken.count) {
+    if (stream->untaken.count)
+        stream->consumed += put(stream->fd, &stream->untaken, &stream->write_end);
+    if (pages && !stream->untaken.count && !stream->write_end) {
+        Py_ssize_t taken = pages_put(stream->fd, &lease->pages->in, pages, &stream->write_end);
+        stream->consumed += taken;
+        lease->whole -= taken;
+        pages -= taken;
+    }
+    if (stream->untaken.count || pages) {
         stream->writes = 0;
         lease->over = 1;
     }
@@ -129,19 +140,25 @@ static int take_data(Lease *lease, Stream *stream)
         if (stream->untaken.count)
             return -1;
     }
-    stream->received += lease->payload.length;
-    lease->rx_next += HEADER + lease->payload.length;
-    lease->carried += lease->payload.length;
+    Py_ssize_t length = lease->payload.length + lease->arriving;
+    stream->received += length;
+    lease->rx_next += HEADER + length;
+    lease->carried += length;
     for (int i = 0; i < lease->payload.count; i++) {
         const Piece *piece = &lease->payload.piece[i];
         append(&stream->untaken, piece->owner, piece->memory, piece->length);
     }
     drop(&lease->payload);
+    if (lease->arriving) {
+        lease->whole += lease->arriving;
+        lease->whole_stream = stream;
+        lease->arriving = 0;
+    }
     return 0;
 }
 
 /* The frame is complete.  -1: it is Python's after all. */
-static int end_frame(Lease *lease)
+int end_frame(Lease *lease)
 {
     unsigned char payload[2 * OFFSET] = {0};
     if (lease->kind == DATA)
@@ -155,7 +172,7 @@ static int end_frame(Lease *lease)
     return 0;
 }
 
-/* Leave the frame that is arriving to Python.  -1 with an exception. */
+/* Leave the frame that is arriving to Python.  -1 with an exception, and something of it is gone. */
 int give_up_frame(Lease *lease)
 {
     lease->over = 1;
@@ -169,6 +186,7 @@ int give_up_frame(Lease *lease)
     Py_XDECREF(header);
     lease->header_length = 0;
     drop(&lease->payload);
+    lease->lost |= failed && lease->arriving; /* what follows must not be taken for what is gone */
     return failed ? -1 : 0;
 }
 
@@ -241,25 +259,39 @@ static int decrypt(Lease *lease, const Piece *piece)
     return append_buffer(lease->unread, &rest);
 }
 
-/* The link has something.  -1 with an exception. */
-int from_link(Lease *lease)
+/*
+ * Take in what is read of the link at once, up to `limit` bytes.  Returns how many there were, and sets `*lost`
+ * where something of it is gone.  -1 with an exception.
+ */
+Py_ssize_t take_pieces(Lease *lease, Py_ssize_t limit, Py_ssize_t again, int *lost)
 {
     Pieces pieces = {.count = 0};
     Output output = {.pool = lease->opener ? lease->ciphers : lease->pool, .pieces = &pieces};
-    int failed = gather(&output, lease->fd, lease->link_turn, READ_ROOM, READ_AGAIN, &lease->read_end) < 0;
+    Py_ssize_t total = gather(&output, lease->fd, limit, READ_ROOM, again, &lease->read_end);
     Error error = keep_error();
-    int lost = 0;
-    for (int i = 0; i < pieces.count && !lost; i++) /* what was read before it failed, too */
-        lost = lease->opener ? decrypt(lease, &pieces.piece[i]) : take_in(lease, &pieces.piece[i]);
+    for (int i = 0; i < pieces.count && !*lost; i++) /* what was read before it failed, too */
+        *lost = lease->opener ? decrypt(lease, &pieces.piece[i]) : take_in(lease, &pieces.piece[i]);
     drop(&pieces);
-    deliver_all(lease);
+    return raise_again(error, *lost) ? -1 : total;
+}
+
+/* The link has something.  -1 with an exception. */
+int from_link(Lease *lease)
+{
+    int lost = 0, failed;
+    if (lease->pages)
+        failed = take_pages(lease, &lost) < 0;
+    else
+        failed = take_pieces(lease, lease->link_turn, READ_AGAIN, &lost) < 0;
     if (lost) {
         lease->hole = 1;
         lease->read_end = EIO; /* the connection cannot go on without what is lost: the next one repeats it */
     }
-    if (failed || lost || lease->read_end)
+    if (failed || lease->read_end)
         lease->over = 1;
-    if (raise_again(error, lost))
+    Error error = keep_error();
+    deliver_all(lease);
+    if (raise_again(error, 0) || go_on(lease))
         return -1;
-    return go_on(lease);
+    return lease->pages ? pages_forget(lease->pages, &lease->forgotten) : 0;
 }

@@ -41,6 +41,7 @@ static Sent *keep(Lease *lease, Py_ssize_t length)
     sent->end = lease->end;
     sent->payload.count = 0;
     sent->payload.length = 0;
+    sent->stored = sent->useless = 0;
     return sent;
 }
 
@@ -64,18 +65,21 @@ int raise_again(Error error, int failed)
     return -1;
 }
 
-/* Write what is in `unsent`; what the link does not take waits until it does. */
-static void push(Lease *lease)
+/* Write what is in `unsent`, and pages; what the link does not take waits until it does. */
+void push(Lease *lease)
 {
-    put(lease->fd, &lease->unsent, &lease->write_end);
+    if (lease->unsent.count)
+        put(lease->fd, &lease->unsent, &lease->write_end);
+    if (lease->leading && !lease->unsent.count && !lease->write_end)
+        lease->leading -= pages_put(lease->fd, &lease->pages->line, lease->leading, &lease->write_end);
+    if (lease->leaving && !lease->unsent.count && !lease->leading && !lease->write_end)
+        lease->leaving -= pages_put(lease->fd, &lease->pages->out, lease->leaving, &lease->write_end);
+    int blocked = lease->unsent.count || lease->leading || lease->leaving;
     if (lease->write_end) {
         lease->over = 1;
-    } else if (lease->unsent.count && !lease->blocked) {
-        lease->blocked = 1;
-        watch(lease, lease->fd, EPOLLIN | EPOLLOUT);
-    } else if (!lease->unsent.count && lease->blocked) {
-        lease->blocked = 0;
-        watch(lease, lease->fd, EPOLLIN);
+    } else if (blocked != lease->blocked) {
+        lease->blocked = blocked;
+        watch(lease, lease->fd, blocked ? EPOLLIN | EPOLLOUT : EPOLLIN);
     }
 }
 
@@ -165,6 +169,46 @@ void release(Lease *lease, Stream *stream)
     watch(lease, stream->fd, EPOLLIN | stream->others);
 }
 
+/* A frame of `length` bytes that a local socket gave. */
+Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length)
+{
+    Sent *sent = keep(lease, HEADER + length);
+    sent->head_length = HEADER;
+    put_header(sent->head, DATA, stream->id, length);
+    stream->sent += length;
+    lease->carried += length;
+    return sent;
+}
+
+/* What leaves before its payload: an ACK if one is worthwhile, and its header. */
+Pieces lead(Lease *lease, Sent *sent)
+{
+    Pieces frames = {.count = 0};
+    if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE)
+        append(&frames, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
+    append(&frames, NULL, (char *)sent->head, HEADER);
+    return frames;
+}
+
+/* Send up to `most` bytes of a local socket, in memory.  -1 with an exception. */
+static int send_pieces(Lease *lease, Stream *stream, Py_ssize_t most)
+{
+    Pieces pieces = {.count = 0};
+    Output output = {.pool = lease->pool, .pieces = &pieces};
+    int failed = gather(&output, stream->fd, most, READ_ROOM, READ_AGAIN, &stream->read_end) < 0;
+    if (failed || stream->read_end)
+        lease->over = 1;
+    if (!pieces.count)
+        return failed ? -1 : 0;
+    Sent *sent = keep_data(lease, stream, pieces.length);
+    sent->payload = pieces;
+    Pieces frames = lead(lease, sent);
+    for (int i = 0; i < pieces.count; i++)
+        append(&frames, pieces.piece[i].owner, pieces.piece[i].memory, pieces.piece[i].length);
+    Error error = keep_error();
+    return raise_again(error, say(lease, &frames));
+}
+
 /* A local socket has something.  -1 with an exception. */
 int from_local(Lease *lease, Stream *stream)
 {
@@ -181,27 +225,9 @@ int from_local(Lease *lease, Stream *stream)
     }
     if ((uint64_t)most > stream->limit - stream->sent)
         most = stream->limit - stream->sent;
-    Pieces pieces = {.count = 0};
-    Output output = {.pool = lease->pool, .pieces = &pieces};
-    int failed = gather(&output, stream->fd, most, READ_ROOM, READ_AGAIN, &stream->read_end) < 0;
-    if (failed || stream->read_end)
-        lease->over = 1;
-    if (!pieces.count)
-        return failed ? -1 : 0;
-    Sent *sent = keep(lease, HEADER + pieces.length);
-    sent->head_length = HEADER;
-    put_header(sent->head, DATA, stream->id, pieces.length);
-    sent->payload = pieces;
-    stream->sent += pieces.length;
-    lease->carried += pieces.length;
-    Pieces frames = {.count = 0};
-    if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE)
-        append(&frames, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
-    append(&frames, NULL, (char *)sent->head, HEADER);
-    for (int i = 0; i < pieces.count; i++)
-        append(&frames, pieces.piece[i].owner, pieces.piece[i].memory, pieces.piece[i].length);
-    Error error = keep_error();
-    return raise_again(error, say(lease, &frames));
+    if (lease->pages && pages_can_store(lease->pages))
+        return send_pages(lease, stream, most);
+    return send_pieces(lease, stream, most);
 }
 
 /* Say what is due, and have those watched again who may send.  -1 with an exception. */

@@ -70,6 +70,16 @@ class Opener(_Records):
             application data, or 0 and L{None}.
         """
 
+class Pages:
+    """
+    Pipes by which leases pass pages of memory on instead of copying them (splice(2), tee(2)).
+
+    One lease at a time has them; if it cannot be settled nobody can use them any more.
+    """
+
+    def __init__(self) -> None:
+        """@raise OSError: the kernel allows no more of them, or cannot."""
+
 class Lease:
     """
     A link and its streams, for the time in which C carries their bytes; see L{relaymux.net.fastpath}.
@@ -105,6 +115,12 @@ class Lease:
 
         @param pool: for encrypted bytes; not the one for plain ones.
         @param wrong_tag: as of L{Opener.open}.
+        """
+    def pass_on(self, pages: Pages, turn: int) -> None:
+        """
+        Pass pages on by C{pages}: the link is a UNIX socket, without TLS.
+
+        @param turn: bytes to read of the link at once, instead of what it was made with.
         """
     def add(
         self,

@@ -26,7 +26,9 @@ from relaymux.core.window import GRANT_SHARE
 from relaymux.errors import ErrorCode
 from relaymux.net.buffers import pool_for
 from relaymux.net.compiled import native
+from relaymux.net.families import UNIXTransport
 from relaymux.net.link import LinkProtocol
+from relaymux.net.pages import PageStock
 from relaymux.net.sockets import SocketTransport
 from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import SessionStreams
@@ -41,12 +43,18 @@ _log: Final = Logger("relaymux.link")
 #: windows, who may be read) can wait so long, and a lease and its end cost some 20 microseconds.
 LEASE_SECONDS: Final = 0.01
 
+#: The same where pages are passed on: what is not acknowledged in the end is copied then.
+PAGES_LEASE_SECONDS: Final = 0.02
+
 #: Bytes to read of a link at once.  Without Python a turn costs little, and so few bytes are still in the
 #: second-level cache when they are written, and when the program reads them.
 LINK_TURN: Final = 128 * 1024
 
 #: The same where it is encrypted: what a turn costs is more then.
 ENCRYPTED_LINK_TURN: Final = 256 * 1024
+
+#: The same where pages are passed on, and no cache has anything to do with it.
+PAGES_LINK_TURN: Final = 512 * 1024
 
 #: How many times as many bytes as else an ACK is for: each one wakes the other daemon.
 ACK_FACTOR: Final = 2
@@ -74,11 +82,13 @@ class _Way:
         link: LinkProtocol,
         transport: SocketTransport | TLSTransport,
         streams: dict[int, tuple[StreamTransport, SocketTransport]],
+        pages: Any = None,
     ) -> None:
         self.lease = lease
         self.link = link
         self.transport = transport
         self.streams = streams
+        self.pages = pages
         # What it came to.
         self.events: list[Event] = []
         self.read_ends: list[tuple[SocketTransport, int]] = []
@@ -152,6 +162,7 @@ class FastPath:
         self._reactor = reactor
         # Links that are up or were just now; those of closed connections are removed.
         self._links: dict[LinkProtocol, SessionStreams] = {}
+        self._stock = PageStock()
         self._tries = 0
         self._skip = 0
         self._pause = 0
@@ -167,7 +178,7 @@ class FastPath:
 
     def wait(self, epoll: int, timeout: float) -> list[tuple[int, int]] | None:
         """
-        Have bulk carried until something else happens, for at most L{LEASE_SECONDS}.
+        Have bulk carried until something else happens, for some milliseconds at most.
 
         @param epoll: the descriptor of what the reactor waits for.
         @param timeout: seconds at most, or negative.
@@ -194,7 +205,8 @@ class FastPath:
                     ways.append(refused.pop())
             if ways:
                 assert native is not None
-                happened = native.wait(epoll, timeout, LEASE_SECONDS, [way.lease for way in ways])
+                longest = max(LEASE_SECONDS if way.pages is None else PAGES_LEASE_SECONDS for way in ways)
+                happened = native.wait(epoll, timeout, longest, [way.lease for way in ways])
         finally:
             carried = self._settle(ways + refused)
             self.carried += carried
@@ -258,7 +270,10 @@ class FastPath:
             return None
         if tls is not None:
             lease.encrypt(*tls.keys())
-        return _Way(lease, link, transport, members)
+        pages = self._stock.take() if isinstance(transport, UNIXTransport) else None
+        if pages is not None:
+            lease.pass_on(pages, PAGES_LINK_TURN)
+        return _Way(lease, link, transport, members, pages)
 
     def _settle(self, ways: list[_Way]) -> int:
         """
@@ -276,6 +291,8 @@ class FastPath:
                 # is no Exception.)
                 _log.failure("connection {number}: cannot go on behind the fast path", number=way.link.number)
                 way.failed = True
+                if way.pages is not None:
+                    self._stock.lose()
         for way in ways:
             if way.failed:
                 way.link.abort()
@@ -302,6 +319,9 @@ class FastPath:
         end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried, keys = (
             way.lease.settle()
         )
+        if way.pages is not None:
+            self._stock.give_back(way.pages)
+            way.pages = None
         link = way.link
         session = link.link.session
         assert session is not None

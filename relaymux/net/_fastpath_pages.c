@@ -1,0 +1,126 @@
+/* The fast path between UNIX sockets: both ways of bytes that are passed on and not copied (_fastpath_pipes.c). */
+
+#include "_fastpath.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+
+/* Bytes to read of a link at once as long as it brings no DATA: many ACKs and CREDITs. */
+#define CONTROL_TURN 512
+
+/*
+ * Send up to `most` bytes of a local socket that stay where they are; the caller has asked whether they can be
+ * stored.  -1 with an exception.
+ */
+int send_pages(Lease *lease, Stream *stream, Py_ssize_t most)
+{
+    Pages *pages = lease->pages;
+    Py_ssize_t length = pages_take(stream->fd, &pages->out, most, READ_AGAIN, &stream->read_end);
+    if (stream->read_end)
+        lease->over = 1;
+    if (!length)
+        return 0;
+    Py_ssize_t useless = pages_store(pages, length);
+    if (useless < 0) {
+        lease->lost = lease->over = 1;
+        return -1;
+    }
+    Sent *sent = keep_data(lease, stream, length);
+    sent->stored = length;
+    sent->useless = useless;
+    Pieces frames = lead(lease, sent);
+    char head[ACK_FRAME + HEADER];
+    Py_ssize_t size = 0;
+    for (int i = 0; i < frames.count; size += frames.piece[i++].length)
+        memcpy(head + size, frames.piece[i].memory, frames.piece[i].length);
+    Py_ssize_t moved = pages_lead(pages, head, size, length);
+    if (moved >= 0)
+        lease->leading = size + moved;
+    else
+        lease->unsent = frames;
+    lease->leaving = length - (moved > 0 ? moved : 0);
+    push(lease);
+    return 0;
+}
+
+/* Read up to `length` bytes of the link.  Returns how many there were. */
+static Py_ssize_t receive(Lease *lease, unsigned char *to, Py_ssize_t length)
+{
+    ssize_t count;
+    do
+        count = recv(lease->fd, to, length, MSG_DONTWAIT);
+    while (count < 0 && errno == EINTR);
+    if (!count)
+        lease->read_end = -1;
+    else if (count < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+        lease->read_end = errno;
+    return count > 0 ? count : 0;
+}
+
+/* The next bytes of a header.  Returns how many there were; -1 with an exception. */
+static Py_ssize_t take_header(Lease *lease, int *lost)
+{
+    Py_ssize_t count = receive(lease, lease->header + lease->header_length, HEADER - lease->header_length);
+    lease->header_length += count;
+    if (lease->header_length < HEADER)
+        return count;
+    if (!begin_frame(lease))
+        *lost = give_up_frame(lease);
+    else if (lease->kind == DATA && lease->whole && lease->whole_stream != lease->stream)
+        deliver(lease, lease->whole_stream);
+    return *lost ? -1 : count;
+}
+
+/* The next bytes of the payload of an ACK or CREDIT.  The same. */
+static Py_ssize_t take_few(Lease *lease, int *lost)
+{
+    if (lease->payload.count == MOST_PIECES)
+        return (*lost = give_up_frame(lease));
+    unsigned char *to = lease->few + lease->payload.length;
+    Py_ssize_t count = receive(lease, to, lease->missing);
+    append(&lease->payload, NULL, (char *)to, count);
+    lease->missing -= count;
+    return count;
+}
+
+/* The next bytes of the payload of DATA.  The same. */
+static Py_ssize_t take_payload(Lease *lease, int is_first, int *lost)
+{
+    Pipe *in = &lease->pages->in;
+    Py_ssize_t count = pages_take(lease->fd, in, lease->missing, READ_AGAIN, &lease->read_end);
+    lease->arriving += count;
+    lease->missing -= count;
+    if (count || !is_first || !lease->arriving || lease->read_end)
+        return count;
+    /* There is something, and the pipe has no place for it: its places hold few bytes each. */
+    if (lease->payload.count + lease->arriving / lease->pool->store->size + 2 > MOST_PIECES)
+        return (*lost = give_up_frame(lease));
+    Output output = {.pool = lease->pool, .pieces = &lease->payload};
+    return pages_copy(in, &lease->arriving, &output);
+}
+
+/*
+ * Read the link as far as its frames are whole, and leave pages where they are.  Sets `*lost` as take_pieces().
+ * -1 with an exception.
+ */
+int take_pages(Lease *lease, int *lost)
+{
+    Py_ssize_t total = 0, count = 1;
+    for (int is_first = 1; count > 0 && total < lease->link_turn && !lease->over; is_first = 0) {
+        if (lease->header_length == HEADER)
+            count = lease->kind == DATA ? take_payload(lease, is_first, lost) : take_few(lease, lost);
+        else if (lease->gets_data || lease->header_length)
+            count = take_header(lease, lost);
+        else if ((count = take_pieces(lease, CONTROL_TURN, CONTROL_TURN, lost)) < CONTROL_TURN && count > 0)
+            count = lease->gets_data; /* else there is no more */
+        total += count;
+        if (count < 0 || lease->header_length < HEADER || lease->missing)
+            continue;
+        if (!end_frame(lease))
+            lease->header_length = 0;
+        else if ((*lost = give_up_frame(lease)))
+            count = -1;
+    }
+    return count < 0 ? -1 : 0;
+}

@@ -1,0 +1,450 @@
+"""Bulk between UNIX sockets that is passed on and not copied: the same in every other way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+from unittest import SkipTest
+
+from relaymux.core.frames import Kind, data_header, encode
+from relaymux.net import pages
+from relaymux.net.compiled import native
+from relaymux.net.pages import MOST_PAGES, PageStock
+from tests import test_fastpath as copied
+from tests.sockets import content
+from tests.wire import join, parse, u64
+
+#: Credit, and a window for as much, that no test uses up.
+PLENTY = 1 << 24
+WIDE = (0, 0, PLENTY, PLENTY, PLENTY // 2)
+
+#: socket(7); Python has no name for it.
+SO_SNDBUFFORCE = 32
+
+#: Seconds for which a lease lasts that something ends before.
+LONG = 10.0
+
+
+def drain(sock: socket.socket) -> bytes:
+    """@return: what waits in a socket."""
+    found = b""
+    with contextlib.suppress(BlockingIOError):
+        while piece := sock.recv(1 << 20):
+            found += piece
+    return found
+
+
+def fill(sock: socket.socket) -> int:
+    """@return: how many bytes a socket took until it takes no more."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            count += sock.send(bytes(4096))
+    return count
+
+
+def open_files() -> set[int]:
+    """@return: the descriptors of this process, without the one that was used to look."""
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+
+
+class PagesTestCase(copied.LeaseTestCase):
+    """Something that ends a lease, and what happens while one lasts."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        assert native is not None
+        self.pages = native.Pages()
+        self.stopped, self.stop = self.sockets()
+        self.epoll.register(self.stopped, select.EPOLLIN)
+
+    def carry(self, lease: Any, *calls: Callable[[], object]) -> Any:
+        """
+        Wait for C{lease} while C{calls} are made, each in a thread of its own, until the last one of them
+        has returned.
+
+        @return: what it is settled with.
+        """
+        failed: list[BaseException] = []
+
+        def run(call: Callable[[], object], ends: bool) -> None:
+            try:
+                call()
+            except BaseException as error:
+                failed.append(error)
+            if ends:
+                self.stop.send(b"x")
+
+        threads = [
+            threading.Thread(target=run, args=(call, call is calls[-1]), daemon=True) for call in calls
+        ]
+        for thread in threads:
+            thread.start()
+        happened = self.wait(lease, LONG)
+        for thread in threads:
+            thread.join(LONG)
+        self.assertEqual(failed, [])
+        self.assertEqual(happened, [(self.stopped.fileno(), select.EPOLLIN)])
+        self.stopped.recv(1)
+        return lease.settle()
+
+    def blocking(self, *socks: socket.socket) -> None:
+        for sock in socks:
+            sock.settimeout(LONG)
+
+    def receive(self, sock: socket.socket, count: int) -> bytes:
+        """@return: C{count} bytes of a socket that blocks."""
+        found = b""
+        while len(found) < count:
+            found += sock.recv(count - len(found))
+        return found
+
+
+class SameTests(copied.LeaseTests):
+    """What a lease does when it copies it does when it does not."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        assert native is not None
+        self.pages = native.Pages()
+
+
+class SendTests(PagesTestCase):
+    """From local sockets to the link."""
+
+    def speak(self, data: bytes, size: int) -> Callable[[], None]:
+        """@return: what has the program say C{data}, in pieces of C{size}."""
+
+        def call() -> None:
+            for start in range(0, len(data), size):
+                self.program.sendall(data[start : start + size])
+
+        return call
+
+    def hear(self, length: int, heard: list[bytes], *, lag: int) -> Callable[[], None]:
+        """
+        @return: what has the peer read frames, until there are C{length} bytes in all that were C{heard}, and
+            acknowledge all but the last ones.
+        """
+
+        def call() -> None:
+            while sum(len(frame) - 12 for frame in heard) < length:
+                header = self.receive(self.peer, 12)
+                heard.append(header + self.receive(self.peer, int.from_bytes(header[8:12], "big")))
+                if len(heard) > lag:
+                    end = sum(map(len, heard[: len(heard) - lag]))
+                    self.peer.sendall(encode(Kind.ACK, 0, u64(end)))
+
+        return call
+
+    def check(self, data: bytes, size: int, *, lag: int, turn: int = 1 << 19) -> list[bytes]:
+        """
+        Have C{data} carried, and look at what was received and at what is kept.
+
+        @return: the frames.
+        """
+        self.blocking(self.program, self.peer)
+        lease = self.lease(PLENTY, turn=turn)
+        heard: list[bytes] = []
+        settled = self.carry(lease, self.speak(data, size), self.hear(len(data), heard, lag=lag))
+        self.assertEqual(b"".join(frame[12:] for frame in heard), data)
+        kept = [join(buffers) for _, buffers in settled[4]]
+        self.assertGreaterEqual(len(kept), min(lag, len(heard)))
+        self.assertEqual(kept, heard[len(heard) - len(kept) :])
+        self.assertEqual((settled[0], settled[5]), (sum(map(len, heard)), []))
+        return heard
+
+    def test_kept_until_acknowledged(self) -> None:
+        """What was sent is given back as it was, but for what was acknowledged."""
+        self.check(content(6 << 20), 64 * 1024, lag=4)
+
+    def test_nothing_acknowledged(self) -> None:
+        """All of it is, if nothing was."""
+        self.check(content(1 << 20), 64 * 1024, lag=64)
+
+    def test_little_at_a_time(self) -> None:
+        """A program that says few bytes at a time fills the pipes with them: what is beyond is copied."""
+        for lag in (40, 20, 3):
+            data = content(30 * 6_000, lag)
+            heard: list[bytes] = []
+
+            def steps(data: bytes = data, heard: list[bytes] = heard, lag: int = lag) -> None:
+                for limit in range(6_000, len(data) + 1, 6_000):
+                    for start in range(limit - 6_000, limit, 100):
+                        self.program.sendall(data[start : start + 100])
+                    self.peer.sendall(encode(Kind.CREDIT, 3, u64(limit, 0)))
+                    self.hear(limit, heard, lag=lag)()
+
+            self.blocking(self.program, self.peer)
+            settled = self.carry(self.lease(0), steps)
+            self.assertEqual(b"".join(frame[12:] for frame in heard), data)
+            kept = [join(buffers) for _, buffers in settled[4]]
+            self.assertEqual(kept, heard[-len(kept) :])
+            self.assertGreaterEqual(len(kept), min(lag, len(heard)))
+
+    def test_small_frames(self) -> None:
+        """So it is with many frames in one pipe, and with one of which there was room for a part."""
+        self.check(content(400_000), 30_000, lag=50, turn=20_000)
+
+    def test_more_than_a_pipe_holds(self) -> None:
+        """Bytes in more pieces than one pipe has places for arrive in their order, with the header first."""
+        try:
+            self.program.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 22)
+        except PermissionError:
+            raise SkipTest("only root may have so much in a socket") from None
+        data = content(256 * 100)
+        for start in range(0, len(data), 100):
+            self.program.send(data[start : start + 100])
+        lease = self.lease(PLENTY)
+        self.wait(lease)
+        frame = data_header(3, len(data)) + data
+        settled = lease.settle()
+        self.assertEqual([join(buffers) for _, buffers in settled[4]], [frame])
+        self.assertEqual(drain(self.peer) + join(settled[5]), frame)
+
+    def test_link_takes_no_more(self) -> None:
+        """What the link has not taken of a frame is given back behind what it has, wherever that ends."""
+        data = content(150_000)
+        for room in (0, 1, 5, 12, 13, 20_000, 100_000):
+            taken = fill(self.link)
+            with contextlib.suppress(BlockingIOError):
+                self.receive(self.peer, min(taken, room + 8192) if room else 0)
+            self.program.send(data)
+            lease = self.lease(PLENTY)
+            self.assertTrue(lease.owe([b"a" * 100]))
+            self.wait(lease)
+            settled = lease.settle()
+            wire = drain(self.peer)
+            wire = wire[wire.find(b"a") :] if b"a" in wire else b""
+            wire += join(settled[5])
+            sent = b"".join(join(buffers) for _, buffers in settled[4])
+            self.assertEqual(wire, b"a" * 100 + sent)
+            self.assertEqual(sent[12:] + drain(self.local), data)
+
+    def test_slow_link(self) -> None:
+        """A link that takes little at a time blocks again and again, and gets everything in its order."""
+        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self.check(content(700_000), 50_000, lag=3)
+
+    def test_end(self) -> None:
+        """The end of what a program says comes behind all of it."""
+        self.program.send(content(3000))
+        self.program.shutdown(socket.SHUT_WR)
+        lease = self.lease(PLENTY)
+        self.wait(lease)
+        self.assertEqual(drain(self.peer), data_header(3, 3000) + content(3000))
+        self.assertEqual(lease.settle()[8][0][8], -1)
+
+    def test_link_is_gone(self) -> None:
+        """A link that takes nothing any more ends the lease, with the reason; all that was sent is kept."""
+        self.peer.close()
+        self.program.send(content(3000))
+        lease = self.lease(PLENTY)
+        self.wait(lease)
+        settled = lease.settle()
+        self.assertIn(settled[9], (errno.EPIPE, errno.ECONNRESET, 0))
+        if settled[9]:
+            self.assertEqual(
+                [join(buffers) for _, buffers in settled[4]], [data_header(3, 3000) + content(3000)]
+            )
+            self.assertEqual(join(settled[5]), data_header(3, 3000) + content(3000))
+
+
+class ReceiveTests(PagesTestCase):
+    """From the link to local sockets."""
+
+    def test_delivered(self) -> None:
+        """Frames arrive, in whatever pieces: many small ones are copied, where no pipe has room for them."""
+        self.blocking(self.peer, self.program)
+        for frames, length, size in ((60, 100_000, 100_000), (3, 60_000, 30), (2, 5_000, 1), (900, 37, 997)):
+            data = content(frames * length, size)
+            got: list[bytes] = []
+
+            def pass_through(
+                data: bytes = data, length: int = length, size: int = size, got: list[bytes] = got
+            ) -> None:
+                for start in range(0, len(data), length):
+                    frame = data_header(3, length) + data[start : start + length]
+                    for place in range(0, len(frame), size):
+                        self.peer.sendall(frame[place : place + size])
+                    waiting = start + length - sum(map(len, got))
+                    if waiting >= 10_000 or start + length == len(data):
+                        got.append(self.receive(self.program, waiting))
+
+            settled = self.carry(self.lease(0, window=WIDE), pass_through)
+            self.assertEqual(b"".join(got), data)
+            total = len(data)
+            self.assertEqual((settled[2], settled[8][0][4:6]), (total + 12 * frames, (total, total)))
+            self.assertEqual((join(settled[6]), join(settled[8][0][7])), (b"", b""))
+            self.peer.setblocking(False)
+            drain(self.peer)  # what was answered
+            self.blocking(self.peer)
+
+    def test_in_two_leases(self) -> None:
+        """A frame whose middle is the end of a lease is delivered when it is complete, and not before."""
+        frame = data_header(3, 100_000) + content(100_000)
+        for cut in (1, 5, 12, 13, 50_000, 100_011):
+            self.peer.send(frame[:cut])
+            lease = self.lease(0, window=WIDE)
+            self.wait(lease)
+            settled = lease.settle()
+            self.assertEqual((settled[2], join(settled[6])), (0, frame[:cut]))
+            self.assertRaises(BlockingIOError, self.program.recv, 1)
+            lease = self.lease(0, window=WIDE)
+            self.assertTrue(lease.feed(settled[6]))
+            self.peer.send(frame[cut:] + frame[:cut])
+            self.wait(lease)
+            self.assertEqual(drain(self.program), content(100_000))
+            settled = lease.settle()
+            self.assertEqual((settled[2], join(settled[6])), (len(frame), frame[:cut]))
+
+    def test_program_takes_no_more(self) -> None:
+        """What a program does not take is given back, and so is what comes behind it, or it stays."""
+        self.local.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        data = content(120_000)
+        sent = b"".join(data_header(3, 40_000) + data[i : i + 40_000] for i in range(0, 120_000, 40_000))
+        self.assertEqual(self.peer.send(sent), len(sent))
+        lease = self.lease(0, window=WIDE)
+        self.wait(lease)
+        settled = lease.settle()
+        stream = settled[8][0]
+        delivered = drain(self.program)
+        self.assertEqual(len(delivered), stream[5])
+        self.assertLess(len(delivered), stream[4])
+        known = settled[2] // 40_012
+        self.assertEqual(delivered + join(stream[7]), data[: 40_000 * known])
+        self.assertEqual(join(settled[6]) + drain(self.link), sent[settled[2] :])
+
+    def test_answers(self) -> None:
+        """What was delivered is answered, and what the peer says beside it is understood."""
+        payload = content(2000)
+        self.peer.send(
+            encode(Kind.CREDIT, 3, (2500).to_bytes(8, "big") + bytes(8))
+            + data_header(3, 2000)
+            + payload
+            + encode(Kind.CREDIT, 3, (3500).to_bytes(8, "big") + bytes(8))
+            + data_header(3, 2000)
+            + payload
+        )
+        self.program.send(content(3000))
+        lease = self.lease(1000, ack_bytes=1)
+        self.wait(lease)
+        self.assertEqual(drain(self.program), payload * 2)
+        said = parse(drain(self.peer))
+        self.assertEqual(b"".join(found for kind, _, found in said if kind == Kind.DATA), content(3000))
+        self.assertIn((Kind.CREDIT, 3, u64(8000, 4000)), said)
+        self.assertEqual(lease.settle()[8][0][2], 3500)
+
+    def test_link_ends(self) -> None:
+        """The end of the link comes behind what it has brought."""
+        for half in (b"", b"\x13\0", data_header(3, 100), data_header(3, 100) + b"half"):
+            self.epoll.unregister(self.link)
+            self.link, peer = self.sockets()
+            self.epoll.register(self.link, select.EPOLLIN)
+            peer.send(data_header(3, 2000) + content(2000) + half)
+            peer.shutdown(socket.SHUT_WR)
+            lease = self.lease(0, window=WIDE)
+            self.assertEqual(self.wait(lease), [])
+            settled = lease.settle()
+            self.assertEqual(drain(self.program), content(2000))
+            self.assertEqual((join(settled[6]), settled[7]), (half, -1))
+
+
+class OwnerTests(PagesTestCase):
+    """Who has the pipes."""
+
+    def test_one_lease_at_a_time(self) -> None:
+        """Another lease cannot have them until that one is settled, nor one that encrypts, or has some."""
+        lease = self.lease(1000)
+        other = self.lease_without()
+        self.assertRaises(RuntimeError, other.pass_on, self.pages, 1)
+        lease.settle()
+        other.pass_on(self.pages, 1)
+        assert native is not None
+        self.assertRaises(RuntimeError, other.pass_on, native.Pages(), 1)
+        self.assertRaises(TypeError, other.pass_on, object(), 1)
+        keys = copied.Records(1, 2)
+        self.pages = None
+        encrypted = self.lease(1000, keys=keys)
+        self.assertRaises(RuntimeError, encrypted.pass_on, native.Pages(), 1)
+
+    def lease_without(self) -> Any:
+        kept, self.pages = self.pages, None
+        lease = self.lease(1000)
+        self.pages = kept
+        return lease
+
+    def test_closed(self) -> None:
+        """Their descriptors are closed with the last one who has them, and no child gets any."""
+        assert native is not None
+        before = open_files()
+        made = native.Pages()
+        own = open_files() - before
+        self.assertEqual(len(own), 15)
+        self.assertFalse(any(map(os.get_inheritable, own)))
+        lease = self.lease_without()
+        lease.pass_on(made, 1)
+        del made
+        self.assertEqual(open_files() - before, own)
+        del lease
+        self.assertEqual(open_files(), before)
+
+    def test_stock(self) -> None:
+        """There are so many and no more; what is given back is used again, and what is lost replaced."""
+        stock = PageStock()
+        taken = [stock.take() for _ in range(MOST_PAGES)]
+        self.assertIsNone(stock.take())
+        stock.give_back(taken[1])
+        self.assertIs(stock.take(), taken[1])
+        self.assertIsNone(stock.take())
+        stock.lose()
+        self.assertIsNotNone(stock.take())
+
+    def test_kernel_allows_no_pipes(self) -> None:
+        """Where the kernel allows none nobody asks again, and one line says so."""
+
+        class Refusing:
+            calls = 0
+
+            @classmethod
+            def Pages(cls) -> None:
+                cls.calls += 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        self.patch(pages, "native", Refusing)
+        stock = PageStock()
+        self.assertEqual([stock.take() for _ in range(3)], [None] * 3)
+        self.assertEqual(Refusing.calls, 1)
+
+
+class BulkOverUNIXTests(copied.BulkTests):
+    """Bulk over a link of a UNIX socket."""
+
+    tcp = False
+
+    def assert_carried(self, least: int) -> None:
+        super().assert_carried(least)
+        self.assertTrue(self.reactor.fast_path._stock._idle, "it was passed on")
+
+    def test_no_pipes(self) -> None:
+        """Where the kernel allows no pipes it is copied."""
+        self.reactor.fast_path._stock._more = 0
+        self.link()
+        near, far = self.serve("ram", copied.BULK, copied.LESS)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, copied.BULK)
+        self.assert_received(near, copied.LESS)
+        super().assert_carried(4 * copied.MIB)
+
+
+class EndsOverUNIXTests(copied.EndTests):
+    """How streams and links end there."""
+
+    tcp = False
