@@ -57,6 +57,18 @@ BULK = content(48 * MIB + 4711)
 LESS = content(20 * MIB + 13, 5)
 
 
+def tcp_pair(congestion: bytes = b"") -> tuple[socket.socket, socket.socket]:
+    """@return: two sockets that are connected by TCP, with C{congestion} as its control if that is not empty."""
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as failing:
+        near = failing.enter_context(socket.socket())
+        for sock in (server, near) if congestion else ():  # before they are connected, as it may leave traces
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion)
+        near.connect(server.getsockname())
+        far, _ = server.accept()
+        failing.pop_all()
+    return near, far
+
+
 class Program(threading.Thread):
     """
     A program at one end, as QEMU would be: it blocks.
@@ -137,7 +149,7 @@ class LeaseTestCase(SynchronousTestCase):
         self.pages: Any = None
         self.epoll = select.epoll()
         self.addCleanup(self.epoll.close)
-        self.link, self.peer = self.sockets()
+        self.link, self.peer = self.link_sockets()
         self.local, self.program = self.sockets()
         for sock in (self.link, self.local):
             self.epoll.register(sock, select.EPOLLIN)
@@ -148,6 +160,9 @@ class LeaseTestCase(SynchronousTestCase):
             sock.setblocking(False)
             self.addCleanup(sock.close)
         return pair
+
+    def link_sockets(self) -> tuple[socket.socket, socket.socket]:
+        return self.sockets()
 
     def lease(
         self,
@@ -184,7 +199,7 @@ class LeaseTestCase(SynchronousTestCase):
         if keys is not None:
             lease.encrypt(keys.sealer, keys.opener, ciphers or BufferPool(CIPHER_BUFFER_SIZE), InvalidTag)
         if self.pages is not None:
-            lease.pass_on(self.pages, 1 << 19)
+            lease.pass_on(self.pages, 1 << 19, True)
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
@@ -521,10 +536,12 @@ class FastPathTests(SynchronousTestCase):
 
     @cvar tls: whether they are joined by TLS.
     @cvar tcp: whether by TCP, and not by a UNIX socket.
+    @cvar congestion: the congestion control of TCP; empty for the system's.
     """
 
     tls = False
     tcp = True
+    congestion = b""
 
     def setUp(self) -> None:
         if native is None:
@@ -615,9 +632,7 @@ class FastPathTests(SynchronousTestCase):
         self.run_until(lambda: self.near.is_up and self.far.is_up, "the link was up")
 
     def tcp_pair(self) -> tuple[socket.socket, socket.socket]:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            near = socket.create_connection(server.getsockname())
-            far, _ = server.accept()
+        near, far = tcp_pair(self.congestion)
         for sock in (near, far):
             tune_link(sock)
         return near, far

@@ -1,4 +1,4 @@
-"""Bulk between UNIX sockets that is passed on and not copied: the same in every other way."""
+"""Bulk that is passed on and not copied: the same in every other way."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from unittest import SkipTest
 from relaymux.core.frames import Kind, data_header, encode
 from relaymux.net import pages
 from relaymux.net.compiled import native
+from relaymux.net.families import tune_link
+from relaymux.net.fastpath import COPIED_LEASES
 from relaymux.net.pages import MOST_PAGES, PageStock
 from tests import test_fastpath as copied
 from tests.sockets import content
@@ -279,6 +281,8 @@ class ReceiveTests(PagesTestCase):
 
             settled = self.carry(self.lease(0, window=WIDE), pass_through)
             self.assertEqual(b"".join(got), data)
+            if self.link.family == socket.AF_UNIX:  # TCP joins what has arrived
+                self.assertEqual(bool(self.pages.was_full), length > 256 * size)
             total = len(data)
             self.assertEqual((settled[2], settled[8][0][4:6]), (total + 12 * frames, (total, total)))
             self.assertEqual((join(settled[6]), join(settled[8][0][7])), (b"", b""))
@@ -356,6 +360,30 @@ class ReceiveTests(PagesTestCase):
             self.assertEqual((join(settled[6]), settled[7]), (half, -1))
 
 
+class OverTCP(copied.LeaseTestCase):
+    """The link is a TCP connection."""
+
+    def link_sockets(self) -> tuple[socket.socket, socket.socket]:
+        pair = copied.tcp_pair(b"reno")
+        for sock in pair:
+            tune_link(sock)
+            sock.setblocking(False)
+            self.addCleanup(sock.close)
+        return pair
+
+
+class SameOverTCPTests(OverTCP, SameTests):
+    """The same over TCP."""
+
+
+class SendOverTCPTests(OverTCP, SendTests):
+    """The same over TCP."""
+
+
+class ReceiveOverTCPTests(OverTCP, ReceiveTests):
+    """The same over TCP."""
+
+
 class OwnerTests(PagesTestCase):
     """Who has the pipes."""
 
@@ -363,16 +391,16 @@ class OwnerTests(PagesTestCase):
         """Another lease cannot have them until that one is settled, nor one that encrypts, or has some."""
         lease = self.lease(1000)
         other = self.lease_without()
-        self.assertRaises(RuntimeError, other.pass_on, self.pages, 1)
+        self.assertRaises(RuntimeError, other.pass_on, self.pages, 1, True)
         lease.settle()
-        other.pass_on(self.pages, 1)
+        other.pass_on(self.pages, 1, True)
         assert native is not None
-        self.assertRaises(RuntimeError, other.pass_on, native.Pages(), 1)
-        self.assertRaises(TypeError, other.pass_on, object(), 1)
+        self.assertRaises(RuntimeError, other.pass_on, native.Pages(), 1, True)
+        self.assertRaises(TypeError, other.pass_on, object(), 1, True)
         keys = copied.Records(1, 2)
         self.pages = None
         encrypted = self.lease(1000, keys=keys)
-        self.assertRaises(RuntimeError, encrypted.pass_on, native.Pages(), 1)
+        self.assertRaises(RuntimeError, encrypted.pass_on, native.Pages(), 1, True)
 
     def lease_without(self) -> Any:
         kept, self.pages = self.pages, None
@@ -389,7 +417,7 @@ class OwnerTests(PagesTestCase):
         self.assertEqual(len(own), 15)
         self.assertFalse(any(map(os.get_inheritable, own)))
         lease = self.lease_without()
-        lease.pass_on(made, 1)
+        lease.pass_on(made, 1, True)
         del made
         self.assertEqual(open_files() - before, own)
         del lease
@@ -448,3 +476,50 @@ class EndsOverUNIXTests(copied.EndTests):
     """How streams and links end there."""
 
     tcp = False
+
+
+class BulkOverTCPTests(copied.BulkTests):
+    """Bulk over TCP that goes without timers, so that pages are passed on to it, too."""
+
+    congestion = b"reno"
+
+    def link(self, *, buffer: int = 0) -> None:
+        super().link(buffer=buffer)
+        self.assertFalse(self.links[0].is_paced)
+
+    def assert_carried(self, least: int) -> None:
+        super().assert_carried(least)
+        self.assertTrue(self.reactor.fast_path._stock._idle, "it was passed on")
+
+    def test_little_at_a_time(self) -> None:
+        """A link that brings few bytes with each page has them copied for a while, as that costs less."""
+        self.link()
+        near, far = self.serve("ram", copied.BULK, b"")
+        self.start(near, far)
+        self.run_until(lambda: len(far.received) > 4 * copied.MIB, "bulk flowed")
+        fast_path, protocol = self.reactor.fast_path, self.protocols[1]
+        ways: list[Any] = []
+
+        def lease() -> bool:
+            ways.append(fast_path._lease(protocol, self.reactor._poller.fileno()))
+            return ways[-1] is not None
+
+        class Full:
+            was_full = 1
+
+        self.run_until(lease, "there was something to lease")
+        real, ways[-1].pages = ways[-1].pages, Full()
+        fast_path._settle(ways[-1:])
+        fast_path._stock._idle.pop()
+        fast_path._stock.give_back(real)
+        taken = [fast_path._pages_for(protocol) for _ in range(COPIED_LEASES + 1)]
+        self.assertEqual(taken, [None] * COPIED_LEASES + [real])
+        fast_path._stock.give_back(real)
+        self.over(near, far)
+        self.assert_received(far, copied.BULK)
+
+
+class EndsOverTCPTests(copied.EndTests):
+    """How streams and links end there."""
+
+    congestion = b"reno"

@@ -353,7 +353,7 @@ class PassedOn(Plain):
         self._pages = native.Pages()
 
     def use(self, lease: Any) -> None:
-        lease.pass_on(self._pages, 1 << 17)
+        lease.pass_on(self._pages, 1 << 17, True)
 
 
 class WaitTests(FastPathTestCase):

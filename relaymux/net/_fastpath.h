@@ -40,6 +40,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int is_lent; /* a lease has it that is not settled */
+    int was_full; /* the last lease had to copy some of what had arrived */
     Pipe out, line, in;
     Pipe store[STORES]; /* used in turn, from `first` to `last` */
     Py_ssize_t stored[STORES];
@@ -85,8 +86,9 @@ typedef struct {
     int hole; /* something was left out of what was to be encrypted, or decrypted */
     Odd odd;
     PyObject *unread; /* a list: what has arrived behind an odd record */
-    /* Of a link that pages can be passed on to; else NULL. */
+    /* Of a link whose pages are passed on; else NULL. */
     Pages *pages;
+    int sends_pages;        /* to the link, too */
     Py_ssize_t leading;     /* bytes of `line` that follow `unsent` */
     Py_ssize_t leaving;     /* bytes of `out` that follow them */
     Py_ssize_t forgotten;   /* bytes that need not be stored any longer */

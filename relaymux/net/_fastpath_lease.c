@@ -106,13 +106,16 @@ static PyObject *lease_pass_on(Lease *lease, PyObject *args)
 {
     Pages *pages;
     Py_ssize_t link_turn;
-    if (!PyArg_ParseTuple(args, "O!n:pass_on", &PagesType, &pages, &link_turn))
+    int sends;
+    if (!PyArg_ParseTuple(args, "O!np:pass_on", &PagesType, &pages, &link_turn, &sends))
         return NULL;
     if (lease->sealer || lease->pages || pages->is_lent) {
         PyErr_SetString(PyExc_RuntimeError, "it is encrypted, has pages, or another lease has these");
         return NULL;
     }
     pages->is_lent = 1;
+    pages->was_full = 0;
+    lease->sends_pages = sends;
     lease->pages = (Pages *)Py_NewRef(pages);
     lease->link_turn = link_turn;
     Py_RETURN_NONE;

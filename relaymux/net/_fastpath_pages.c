@@ -1,4 +1,4 @@
-/* The fast path between UNIX sockets: both ways of bytes that are passed on and not copied (_fastpath_pipes.c). */
+/* The fast path without copies: both ways of bytes whose pages are passed on (_fastpath_pipes.c). */
 
 #include "_fastpath.h"
 
@@ -94,6 +94,7 @@ static Py_ssize_t take_payload(Lease *lease, int is_first, int *lost)
     if (count || !is_first || !lease->arriving || lease->read_end)
         return count;
     /* There is something, and the pipe has no place for it: its places hold few bytes each. */
+    lease->pages->was_full = 1;
     if (lease->payload.count + lease->arriving / lease->pool->store->size + 2 > MOST_PIECES)
         return (*lost = give_up_frame(lease));
     Output output = {.pool = lease->pool, .pieces = &lease->payload};

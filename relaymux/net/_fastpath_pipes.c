@@ -12,6 +12,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stddef.h>
+#include <structmember.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -261,6 +263,11 @@ static PyObject *pages_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     return (PyObject *)pages;
 }
 
+static PyMemberDef pages_members[] = {
+    {"was_full", T_INT, offsetof(Pages, was_full), READONLY, NULL},
+    {NULL},
+};
+
 PyTypeObject PagesType = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "relaymux.net._native.Pages",
@@ -268,4 +275,5 @@ PyTypeObject PagesType = {
     .tp_new = pages_new,
     .tp_dealloc = (destructor)pages_dealloc,
     .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_members = pages_members,
 };

@@ -225,7 +225,7 @@ int from_local(Lease *lease, Stream *stream)
     }
     if ((uint64_t)most > stream->limit - stream->sent)
         most = stream->limit - stream->sent;
-    if (lease->pages && pages_can_store(lease->pages))
+    if (lease->sends_pages && pages_can_store(lease->pages))
         return send_pages(lease, stream, most);
     return send_pieces(lease, stream, most);
 }

@@ -79,6 +79,9 @@ class Pages:
 
     def __init__(self) -> None:
         """@raise OSError: the kernel allows no more of them, or cannot."""
+    @property
+    def was_full(self) -> int:
+        """Whether the last lease had to copy, as pages came with few bytes each."""
 
 class Lease:
     """
@@ -116,11 +119,12 @@ class Lease:
         @param pool: for encrypted bytes; not the one for plain ones.
         @param wrong_tag: as of L{Opener.open}.
         """
-    def pass_on(self, pages: Pages, turn: int) -> None:
+    def pass_on(self, pages: Pages, turn: int, sends: bool) -> None:
         """
-        Pass pages on by C{pages}: the link is a UNIX socket, without TLS.
+        Pass pages on by C{pages}, from the link to local sockets; it is one without TLS.
 
         @param turn: bytes to read of the link at once, instead of what it was made with.
+        @param sends: whether to pass them on from local sockets to the link as well.
         """
     def add(
         self,

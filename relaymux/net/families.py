@@ -9,6 +9,7 @@ from socket import (
     SO_RCVLOWAT,
     SO_SNDBUF,
     SOL_SOCKET,
+    TCP_CONGESTION,
     TCP_NODELAY,
     TCP_NOTSENT_LOWAT,
     TCP_USER_TIMEOUT,
@@ -35,6 +36,9 @@ NOTSENT_LOWAT: Final = 512 * 1024
 #: is lost; the kernel's own patience is about 15 minutes.
 USER_TIMEOUT: Final = 20_000
 
+#: Bytes of the name of a congestion control: TCP_CA_NAME_MAX (linux/include/net/tcp.h).
+CONGESTION_NAME: Final = 16
+
 #: Bytes worth waiting for: fewer arrive in about the time that a wake-up takes.
 LEAST_EXPECTED: Final = 64 * 1024
 
@@ -55,6 +59,7 @@ class TCPTransport(SocketTransport):
     _host: IPv4Address | IPv6Address
     _peer: IPv4Address | IPv6Address
     _low_water = 1
+    _is_paced: bool | None = None
 
     def getHost(self) -> IPv4Address | IPv6Address:
         return self._host
@@ -68,6 +73,18 @@ class TCPTransport(SocketTransport):
         if low_water != self._low_water and self.connected:
             self._low_water = low_water
             self.socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, low_water)
+
+    @property
+    def is_paced(self) -> bool:
+        """
+        Whether its congestion control sends by timers (bbr), as it was when this was first asked.
+
+        Where packets of pages that are passed on wait for those, they cost more than what is copied.
+        """
+        if self._is_paced is None:
+            name = self.socket.getsockopt(IPPROTO_TCP, TCP_CONGESTION, CONGESTION_NAME)
+            self._is_paced = name.startswith(b"bbr")
+        return self._is_paced
 
     def getTcpNoDelay(self) -> bool:
         return bool(self.socket.getsockopt(IPPROTO_TCP, TCP_NODELAY))
@@ -84,6 +101,8 @@ class TCPTransport(SocketTransport):
 
 class UNIXTransport(SocketTransport):
     """A L{SocketTransport} whose peer the kernel knows."""
+
+    is_local = True
 
     @property
     def peerIdentity(self) -> str:

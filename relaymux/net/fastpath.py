@@ -26,7 +26,6 @@ from relaymux.core.window import GRANT_SHARE
 from relaymux.errors import ErrorCode
 from relaymux.net.buffers import pool_for
 from relaymux.net.compiled import native
-from relaymux.net.families import UNIXTransport
 from relaymux.net.link import LinkProtocol
 from relaymux.net.pages import PageStock
 from relaymux.net.sockets import SocketTransport
@@ -43,7 +42,7 @@ _log: Final = Logger("relaymux.link")
 #: windows, who may be read) can wait so long, and a lease and its end cost some 20 microseconds.
 LEASE_SECONDS: Final = 0.01
 
-#: The same where pages are passed on: what is not acknowledged in the end is copied then.
+#: The same where pages are passed on: what is not acknowledged in the end is copied.
 PAGES_LEASE_SECONDS: Final = 0.02
 
 #: Bytes to read of a link at once.  Without Python a turn costs little, and so few bytes are still in the
@@ -62,6 +61,10 @@ ACK_FACTOR: Final = 2
 #: Seconds of a round trip within one site, and the share of a window for which credit waits there.
 SHORT_LINE: Final = 0.001
 SHORT_LINE_SHARE: Final = 2
+
+#: Leases that copy after one whose pages had few bytes each (small packets, or programs that write little at
+#: a time), as that costs less then.
+COPIED_LEASES: Final = 256
 
 #: Bytes that a lease has to carry to have been worth it.
 WORTHWHILE: Final = 2 * LONG_TURN
@@ -112,13 +115,26 @@ class _Way:
         return taken and bool(self.lease.feed(self.link.link.suspend()))
 
 
+def is_short(session: Session) -> bool:
+    """@return: whether the line is known to stay within one site."""
+    round_trip = session.growth.round_trip if session.growth is not None else None
+    return round_trip is not None and round_trip < SHORT_LINE
+
+
 def grant_share(session: Session) -> int:
     """
     @return: the share of a window for which new credit waits.  Half of it on a short line, as each CREDIT
         wakes the other daemon; on a long one windows grow by what is heard of in time (L{Meter}).
     """
-    round_trip = session.growth.round_trip if session.growth is not None else None
-    return SHORT_LINE_SHARE if round_trip is not None and round_trip < SHORT_LINE else GRANT_SHARE
+    return SHORT_LINE_SHARE if is_short(session) else GRANT_SHARE
+
+
+def sends_pages(transport: SocketTransport, session: Session) -> bool:
+    """
+    @return: whether pages are passed on to a link, too, and not only from it.  On a long line most of what is
+        sent within a lease is not acknowledged when it ends, and would be copied after all.
+    """
+    return transport.is_local or (is_short(session) and not transport.is_paced)
 
 
 def lease_of(
@@ -163,6 +179,8 @@ class FastPath:
         # Links that are up or were just now; those of closed connections are removed.
         self._links: dict[LinkProtocol, SessionStreams] = {}
         self._stock = PageStock()
+        # How many of the next leases of a link are to copy; of links in _links alone.
+        self._copying: dict[LinkProtocol, int] = {}
         self._tries = 0
         self._skip = 0
         self._pause = 0
@@ -175,6 +193,7 @@ class FastPath:
     def remove(self, link: LinkProtocol) -> None:
         """C{link}'s connection is gone."""
         self._links.pop(link, None)
+        self._copying.pop(link, None)
 
     def wait(self, epoll: int, timeout: float) -> list[tuple[int, int]] | None:
         """
@@ -270,10 +289,20 @@ class FastPath:
             return None
         if tls is not None:
             lease.encrypt(*tls.keys())
-        pages = self._stock.take() if isinstance(transport, UNIXTransport) else None
+            return _Way(lease, link, transport, members)
+        pages = self._pages_for(link)
         if pages is not None:
-            lease.pass_on(pages, PAGES_LINK_TURN)
+            assert isinstance(transport, SocketTransport)
+            lease.pass_on(pages, PAGES_LINK_TURN, sends_pages(transport, session))
         return _Way(lease, link, transport, members, pages)
+
+    def _pages_for(self, link: LinkProtocol) -> Any:
+        """@return: what a lease of C{link} is to pass pages on by, if it is to."""
+        leases = self._copying.get(link, 0)
+        if not leases:
+            return self._stock.take()
+        self._copying[link] = leases - 1
+        return None
 
     def _settle(self, ways: list[_Way]) -> int:
         """
@@ -320,6 +349,8 @@ class FastPath:
             way.lease.settle()
         )
         if way.pages is not None:
+            if way.pages.was_full:
+                self._copying[way.link] = COPIED_LEASES
             self._stock.give_back(way.pages)
             way.pages = None
         link = way.link

@@ -1,4 +1,4 @@
-"""What the fast path needs to pass pages of memory on between UNIX sockets (F{_fastpath_pipes.c})."""
+"""What the fast path needs to pass pages of memory on, and not to copy them (F{_fastpath_pipes.c})."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PageStock:
         except OSError as error:
             self._more = 0
             _log.info(
-                "bytes between UNIX sockets are copied, which costs more: no pipes to pass them on: {error}"
+                "bulk is copied, which costs more CPU time, as there are no pipes to pass it on by: {error}"
                 " (see LimitNOFILE, and pipe-user-pages-soft in pipe(7))",
                 error=error.strerror,
             )

@@ -74,7 +74,18 @@ _SHORT_OF_MEMORY: Final = (errno.ENOBUFS, errno.ENOMEM)
 
 
 class SocketTransport(ReceivingSocket):
-    """A connected socket carrying one protocol."""
+    """
+    A connected socket carrying one protocol.
+
+    @cvar is_local: whether it is a UNIX socket.
+    """
+
+    is_local = False
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether the kernel waits for timers between what it sends."""
+        return False
 
     def __init__(
         self,
