@@ -15,6 +15,7 @@ import os
 import platform
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from benchmarks.processes import BenchmarkError, Unavailable
 from benchmarks.results import Metric, Result, Target, judge
 from benchmarks.table import results_table, verdicts_table
 from relaymux.net.compiled import describe_compiled
+from relaymux.net.families import CONGESTION_NAME
 
 __all__ = ["ROWS", "Row", "main"]
 
@@ -113,6 +115,13 @@ def _raise_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _congestion_control() -> str:
+    """@return: that of a new TCP connection, which the costs of plain links depend on (docs/performance.md)."""
+    with socket.socket() as sock:
+        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_NAME)
+    return name.rstrip(b"\0").decode("ascii", "replace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """@return: exit status; 1 if a run failed, or with C{--check} if a target was missed."""
     given = _parser().parse_args(arguments)
@@ -167,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "compiled": describe_compiled(),
+        "congestion": _congestion_control(),
     }
     for name in rows:
         own = [result for result in results if result.row == name]
@@ -179,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(
         f"{machine['processors']} processors, load average {load:.1f} before the start, {machine['system']}, "
         f"{time.monotonic() - began:.0f} s in all; medians (lowest-highest) of the rounds; "
-        f"of relaymux compiled: {machine['compiled']}"
+        f"congestion control {machine['congestion']}; of relaymux compiled: {machine['compiled']}"
     )
     if given.json:
         result = {

@@ -58,7 +58,7 @@ LESS = content(20 * MIB + 13, 5)
 
 
 def tcp_pair(congestion: bytes = b"") -> tuple[socket.socket, socket.socket]:
-    """@return: two sockets that are connected by TCP, with C{congestion} as its control if that is not empty."""
+    """@return: two sockets that are connected by TCP, with C{congestion} as its control, or the system's."""
     with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as failing:
         near = failing.enter_context(socket.socket())
         for sock in (server, near) if congestion else ():  # before they are connected, as it may leave traces
