@@ -116,7 +116,7 @@ def _raise_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _congestion_control() -> str:
-    """@return: that of a new TCP connection, which the costs of plain links depend on (docs/performance.md)."""
+    """@return: that of a new TCP connection; what plain links cost depends on it (docs/performance.md)."""
     with socket.socket() as sock:
         name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION_NAME)
     return name.rstrip(b"\0").decode("ascii", "replace")
