@@ -54,7 +54,8 @@ typedef struct {
     int head_length;
     unsigned char head[CREDIT_FRAME];
     Pieces payload; /* or, where pages are passed on: */
-    Py_ssize_t stored, useless; /* bytes of it; and before them, of nothing */
+    Py_ssize_t stored;  /* bytes of it in the stores, and */
+    Py_ssize_t useless; /* those before them of no frame: what another store had room for of this one */
 } Sent;
 
 typedef struct {
@@ -92,7 +93,7 @@ typedef struct {
     Py_ssize_t leading;     /* bytes of `line` that follow `unsent` */
     Py_ssize_t leaving;     /* bytes of `out` that follow them */
     Py_ssize_t forgotten;   /* bytes that need not be stored any longer */
-    int lost;               /* something that was taken could not be stored: it cannot be settled */
+    int lost;               /* something that was taken is gone: it cannot be settled */
     int gets_data;          /* DATA has arrived */
     Py_ssize_t whole;       /* bytes of `in` of frames that are complete, and the stream's whose they are; */
     Stream *whole_stream;   /* they follow what is in its `untaken` */

@@ -109,6 +109,10 @@ static PyObject *lease_pass_on(Lease *lease, PyObject *args)
     int sends;
     if (!PyArg_ParseTuple(args, "O!np:pass_on", &PagesType, &pages, &link_turn, &sends))
         return NULL;
+    if (link_turn < 1) {
+        PyErr_SetString(PyExc_ValueError, "nothing can be read in such a turn");
+        return NULL;
+    }
     if (lease->sealer || lease->pages || pages->is_lent) {
         PyErr_SetString(PyExc_RuntimeError, "it is encrypted, has pages, or another lease has these");
         return NULL;
@@ -275,7 +279,7 @@ static PyObject *odd_result(const Lease *lease)
 static int fill(Lease *lease, PyObject *sent, PyObject *streams, PyObject *unsent)
 {
     if (lease->lost) {
-        PyErr_SetString(PyExc_RuntimeError, "pages that were taken could not be stored");
+        PyErr_SetString(PyExc_RuntimeError, "bytes that a lease had taken are gone");
         return -1;
     }
     if (give_up_frame(lease) || append_buffers(unsent, &lease->unsent))
@@ -315,6 +319,7 @@ static PyObject *lease_settle(Lease *lease, PyObject *unused)
         goto fail;
     int failed = fill(lease, sent, streams, unsent);
     end_use(lease->pool, NULL);
+    lease->lost |= failed && lease->pages; /* some of it is in lists that nobody gets */
     if (failed || !(odd = odd_result(lease)))
         goto fail;
     lease->settled = 1;

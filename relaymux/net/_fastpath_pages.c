@@ -104,11 +104,15 @@ static Py_ssize_t take_payload(Lease *lease, int is_first, int *lost)
 /*
  * Read the link as far as its frames are whole, and leave pages where they are.  Sets `*lost` as take_pieces().
  * -1 with an exception.
+ *
+ * In memory (`untaken`, `payload`) is only what comes before all that is in the pipe for the same stream: what
+ * Python had, what was read with control frames before the first DATA, and what is copied when a turn begins,
+ * as at that time nothing in the pipe is `whole`.
  */
 int take_pages(Lease *lease, int *lost)
 {
     Py_ssize_t total = 0, count = 1;
-    for (int is_first = 1; count > 0 && total < lease->link_turn && !lease->over; is_first = 0) {
+    for (int is_first = 1; count > 0 && total < lease->link_turn && !lease->over && !lease->read_end; is_first = 0) {
         if (lease->header_length == HEADER)
             count = lease->kind == DATA ? take_payload(lease, is_first, lost) : take_few(lease, lost);
         else if (lease->gets_data || lease->header_length)

@@ -4,8 +4,11 @@
  * A pipe holds references to pages (splice(2)), and tee(2) makes more of them.  So what a local
  * socket gave goes into the pipe `out`, from there a second reference into a `store`, where it
  * waits to be acknowledged, and the first one into `line`, behind the header of its frame, and to
- * the link; what the link gave goes through the pipe `in`.  None of these calls waits.  At the
- * end of a lease all of them are emptied.
+ * the link; what the link gave goes through the pipe `in`.  At the end of a lease all of them are
+ * emptied.
+ *
+ * None of these calls waits, as all sockets and pipes are O_NONBLOCK (SPLICE_F_NONBLOCK is not for
+ * sockets that are written), and none is to end the process by SIGPIPE, which Python ignores.
  */
 
 #include "_fastpath.h"
@@ -147,8 +150,8 @@ int pages_forget(Pages *pages, Py_ssize_t *length)
 }
 
 /*
- * Copy the first `*length` bytes of a pipe, and remove them there.  -1 with an exception: `*length` are left,
- * and nothing is lost.
+ * Copy the first `*length` bytes of a pipe, and remove them there.  -1 with an exception: `*length` are left, and
+ * the others copied, if there was no memory for more of a pool.
  */
 int pages_copy(const Pipe *pipe, Py_ssize_t *length, Output *output)
 {

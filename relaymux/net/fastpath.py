@@ -224,7 +224,7 @@ class FastPath:
                     ways.append(refused.pop())
             if ways:
                 assert native is not None
-                longest = max(LEASE_SECONDS if way.pages is None else PAGES_LEASE_SECONDS for way in ways)
+                longest = min(LEASE_SECONDS if way.pages is None else PAGES_LEASE_SECONDS for way in ways)
                 happened = native.wait(epoll, timeout, longest, [way.lease for way in ways])
         finally:
             carried = self._settle(ways + refused)
@@ -290,7 +290,8 @@ class FastPath:
         if tls is not None:
             lease.encrypt(*tls.keys())
             return _Way(lease, link, transport, members)
-        pages = self._pages_for(link)
+        can_pass = all(local.is_local for _, local in members.values())
+        pages = self._pages_for(link) if can_pass else None
         if pages is not None:
             assert isinstance(transport, SocketTransport)
             lease.pass_on(pages, PAGES_LINK_TURN, sends_pages(transport, session))

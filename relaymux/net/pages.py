@@ -30,10 +30,9 @@ class PageStock:
             return self._idle.pop()
         if not self._more:
             return None
-        self._more -= 1
         assert native is not None
         try:
-            return native.Pages()
+            pages = native.Pages()
         except OSError as error:
             self._more = 0
             _log.info(
@@ -42,6 +41,8 @@ class PageStock:
                 error=error.strerror,
             )
             return None
+        self._more -= 1
+        return pages
 
     def give_back(self, pages: Any) -> None:
         """C{pages} are of no use to a lease any more, which is settled."""
