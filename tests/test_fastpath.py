@@ -141,12 +141,14 @@ class LeaseTestCase(SynchronousTestCase):
     Two pairs of sockets, with a lease in the middle.
 
     @ivar pages: what the lease passes pages on by, or L{None}.
+    @ivar pool: of the last lease.
     """
 
     def setUp(self) -> None:
         if native is None:
             raise SkipTest("needs what is compiled: make test-compiled")
         self.pages: Any = None
+        self.pool = BufferPool()
         self.epoll = select.epoll()
         self.addCleanup(self.epoll.close)
         self.link, self.peer = self.link_sockets()
@@ -187,8 +189,9 @@ class LeaseTestCase(SynchronousTestCase):
         @param turn: bytes to read of the local socket at once.
         """
         assert native is not None
+        self.pool = BufferPool()
         lease = native.Lease(
-            BufferPool(),
+            self.pool,
             self.link.fileno(),
             self.epoll.fileno(),
             (before[-1] if before else 0, 0, 1 << 30, most_held, 256, list(before)),

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import importlib
+import itertools
 import os
+import random
 import select
 import socket
+import sys
+import termios
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import SkipTest
+
+from cryptography.exceptions import InvalidTag
 
 from relaymux.core.frames import Kind, data_header, encode
 from relaymux.net import pages
@@ -51,20 +60,59 @@ def fill(sock: socket.socket) -> int:
     return count
 
 
+def unread(sock: socket.socket) -> int:
+    """@return: bytes that the peer of a UNIX socket has not read (unix(7))."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 def open_files() -> set[int]:
     """@return: the descriptors of this process, without the one that was used to look."""
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
 
 
 class PagesTestCase(copied.LeaseTestCase):
-    """Something that ends a lease, and what happens while one lasts."""
+    """
+    Something that ends a lease, and what happens while one lasts.
+
+    @ivar copied: the memory that a lease had used before it was settled.
+    """
 
     def setUp(self) -> None:
         super().setUp()
         assert native is not None
         self.pages = native.Pages()
+        self.copied = 0
         self.stopped, self.stop = self.sockets()
         self.epoll.register(self.stopped, select.EPOLLIN)
+
+    def join_anew(self) -> None:
+        """Other sockets for the link and the program, in which nothing is."""
+        for sock in (self.link, self.local):
+            self.epoll.unregister(sock)
+        self.link, self.peer = self.link_sockets()
+        self.local, self.program = self.sockets()
+        for sock in (self.link, self.local):
+            self.epoll.register(sock, select.EPOLLIN)
+
+    def room_for(self, sock: socket.socket) -> None:
+        """Have C{sock} take many small pieces, more than it usually would."""
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 22)
+        except PermissionError:
+            raise SkipTest("only root may have so much in a socket") from None
+
+    def ends_by_itself(self, lease: Any) -> Any:
+        """
+        Wait for a lease that has a reason to end.
+
+        @return: what it is settled with.
+        """
+        alarm = threading.Timer(LONG / 2, self.stop.send, (b"x",))
+        alarm.start()
+        happened = self.wait(lease, LONG)
+        alarm.cancel()
+        self.assertEqual(happened, [])
+        return lease.settle()
 
     def carry(self, lease: Any, *calls: Callable[[], object]) -> Any:
         """
@@ -91,6 +139,7 @@ class PagesTestCase(copied.LeaseTestCase):
         happened = self.wait(lease, LONG)
         for thread in threads:
             thread.join(LONG)
+        self.copied = self.pool.held_bytes
         self.assertEqual(failed, [])
         self.assertEqual(happened, [(self.stopped.fileno(), select.EPOLLIN)])
         self.stopped.recv(1)
@@ -163,8 +212,9 @@ class SendTests(PagesTestCase):
         return heard
 
     def test_kept_until_acknowledged(self) -> None:
-        """What was sent is given back as it was, but for what was acknowledged."""
-        self.check(content(6 << 20), 64 * 1024, lag=4)
+        """What was sent is given back as it was, but for what was acknowledged; before, nothing is copied."""
+        self.check(content(9 << 20), 64 * 1024, lag=2)
+        self.assertLessEqual(self.copied, 2 * self.pool.size)
 
     def test_nothing_acknowledged(self) -> None:
         """All of it is, if nothing was."""
@@ -196,10 +246,7 @@ class SendTests(PagesTestCase):
 
     def test_more_than_a_pipe_holds(self) -> None:
         """Bytes in more pieces than one pipe has places for arrive in their order, with the header first."""
-        try:
-            self.program.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 22)
-        except PermissionError:
-            raise SkipTest("only root may have so much in a socket") from None
+        self.room_for(self.program)
         data = content(256 * 100)
         for start in range(0, len(data), 100):
             self.program.send(data[start : start + 100])
@@ -239,9 +286,9 @@ class SendTests(PagesTestCase):
         self.program.send(content(3000))
         self.program.shutdown(socket.SHUT_WR)
         lease = self.lease(PLENTY)
-        self.wait(lease)
+        settled = self.ends_by_itself(lease)
         self.assertEqual(drain(self.peer), data_header(3, 3000) + content(3000))
-        self.assertEqual(lease.settle()[8][0][8], -1)
+        self.assertEqual(settled[8][0][8], -1)
 
     def test_link_is_gone(self) -> None:
         """A link that takes nothing any more ends the lease, with the reason; all that was sent is kept."""
@@ -256,6 +303,166 @@ class SendTests(PagesTestCase):
                 [join(buffers) for _, buffers in settled[4]], [data_header(3, 3000) + content(3000)]
             )
             self.assertEqual(join(settled[5]), data_header(3, 3000) + content(3000))
+
+
+class PlacesTests(PagesTestCase):
+    """Frames that fill the places of pipes, exactly and in part, over a UNIX link."""
+
+    def say(self, data: bytes) -> None:
+        """Have the program say C{data}, 100 bytes at a time, each of which takes a place."""
+        for start in range(0, len(data), 100):
+            self.program.sendall(data[start : start + 100])
+
+    def check(self, sizes: Iterable[int], lags: Iterator[int]) -> None:
+        """
+        Have frames carried one by one.
+
+        @param sizes: their payload.
+        @param lags: after each frame, how many of them are not to be acknowledged.
+        """
+        self.room_for(self.program)
+        self.blocking(self.program, self.peer)
+        heard: list[bytes] = []
+        sizes = list(sizes)
+        data = content(sum(sizes), len(sizes))
+
+        def call() -> None:
+            said, acked = 0, 0
+            for size in sizes:
+                self.say(data[said : said + size])
+                said += size
+                self.peer.sendall(encode(Kind.CREDIT, 3, u64(said, 0)))
+                while sum(len(frame) - 12 for frame in heard) < said:
+                    header = self.receive(self.peer, 12)
+                    heard.append(header + self.receive(self.peer, int.from_bytes(header[8:12], "big")))
+                end = sum(map(len, heard[: max(0, len(heard) - next(lags))]))
+                if end > acked:
+                    acked = end
+                    self.peer.sendall(encode(Kind.ACK, 0, u64(end)))
+
+        settled = self.carry(self.lease(0), call)
+        self.assertEqual(b"".join(frame[12:] for frame in heard), data)
+        kept = [join(buffers) for _, buffers in settled[4]]
+        self.assertEqual(kept, heard[len(heard) - len(kept) :])
+        self.peer.setblocking(False)
+
+    def test_whole_and_half_pipes(self) -> None:
+        """Frames that fill a pipe, half of one, or more than half, with some of them not acknowledged."""
+        for size in (25_600, 12_800, 20_000):
+            for lag in (1, 2, 3, 4, 5):
+                self.join_anew()
+                self.check([size] * 20, itertools.repeat(lag))
+
+    def test_any(self) -> None:
+        """Frames of any size, acknowledged at any time."""
+        seed = int(os.environ.get("RELAYMUX_SEED") or time.time_ns() % 1_000_000)
+        print(f"seed {seed}")
+        chance = random.Random(seed)
+        for _ in range(20):
+            self.join_anew()
+            sizes = [
+                chance.choice([100, 3000, 6400, 12_000, 12_800, 13_000, 20_000, 25_600]) for _ in range(25)
+            ]
+            most = chance.choice([1, 2, 3, 5, 9])
+            self.check(sizes, (chance.randint(0, most) for _ in itertools.count()))
+
+    def test_link_blocks(self) -> None:
+        """A link that takes little at a time gets header and payload in their order, wherever they are."""
+        data = content(4 * 25_600)
+        self.room_for(self.program)
+        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self.say(data)
+        self.blocking(self.peer)
+        got: list[bytes] = []
+
+        def call() -> None:
+            while sum(map(len, got)) < len(data):
+                got.append(self.receive(self.peer, int.from_bytes(self.receive(self.peer, 12)[8:], "big")))
+
+        self.carry(self.lease(PLENTY), call)
+        self.assertEqual(b"".join(got), data)
+
+    def test_link_full(self) -> None:
+        """What is in both pipes before a link that takes no more is given back in its order."""
+        data = content(2 * 25_600)
+        for room in (0, 1, 5000, 12_000, 20_000, 25_500, 25_612, 26_000):
+            self.join_anew()
+            self.room_for(self.program)
+            taken = fill(self.link)
+            if room:
+                self.blocking(self.peer)
+                self.receive(self.peer, room)
+                self.peer.setblocking(False)
+            self.say(data)
+            lease = self.lease(PLENTY)
+            self.wait(lease, 0.002)
+            settled = lease.settle()
+            sent = b"".join(join(buffers) for _, buffers in settled[4])
+            self.assertEqual(drain(self.peer)[taken - room :] + join(settled[5]), sent)
+            payload = b"".join(found for _, _, found in parse(sent))
+            self.assertEqual(payload + drain(self.local), data)
+
+    def test_control_byte_by_byte(self) -> None:
+        """A CREDIT behind DATA whose bytes come one by one is Python's, if it is in too many pieces."""
+        self.blocking(self.peer, self.program)
+        credit = encode(Kind.CREDIT, 3, u64(70_000, 0))
+
+        def call() -> None:
+            self.peer.sendall(data_header(3, 5) + b"first")
+            self.receive(self.program, 5)
+            for place in range(len(credit)):
+                self.peer.sendall(credit[place : place + 1])
+                until = time.monotonic() + LONG
+                while unread(self.peer) and time.monotonic() < until and thread.is_alive():
+                    time.sleep(0.0005)
+
+        lease = self.lease(0, window=WIDE)
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        settled = self.ends_by_itself(lease)
+        self.assertEqual((settled[2], settled[8][0][2]), (17, 0))
+        begun = join(settled[6])
+        self.assertEqual(begun, credit[: len(begun)])
+        self.assertGreater(len(begun), 12)
+        drained = b""
+        while len(begun) + len(drained) < len(credit):
+            drained += drain(self.link)
+            time.sleep(0.001)
+        thread.join(LONG)
+        self.assertEqual(begun + drained, credit)
+
+    def test_many_pieces_before(self) -> None:
+        """A frame of which much is in memory, and more than a pipe's places arrive, is left to Python."""
+        self.room_for(self.peer)
+        frame = data_header(3, 60_000) + content(60_000)
+        pieces = [frame[:12], *(frame[start : start + 100] for start in range(12, 1112, 100))]
+        lease = self.lease(0, window=WIDE)
+        self.assertTrue(lease.feed(pieces))
+        for start in range(1112, len(frame), 30):
+            self.peer.send(frame[start : start + 30])
+        settled = self.ends_by_itself(lease)
+        self.assertEqual((settled[2], settled[7]), (0, 0))
+        self.assertEqual(join(settled[6]) + drain(self.link), frame)
+        self.assertTrue(self.pages.was_full)
+
+    def test_copied_and_passed_on(self) -> None:
+        """What was copied of a frame reaches a program that takes little before what was not."""
+        for size in (1, 7, 30):
+            self.join_anew()
+            self.room_for(self.peer)
+            self.local.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            small, length = 300 * size, 300 * size + 60_000
+            frame = data_header(3, length) + content(length)
+            for start in range(0, 12 + small, size):
+                self.peer.send(frame[start : min(start + size, 12 + small)])
+            self.peer.send(frame[12 + small :])
+            lease = self.lease(0, window=WIDE)
+            self.wait(lease, 0.02)
+            settled = lease.settle()
+            got = drain(self.program) + join(settled[8][0][7])
+            self.assertEqual(got, content(length)[: settled[8][0][4]])
+            rest = join(settled[6]) + drain(self.link)
+            self.assertEqual(got + rest[-(length - len(got)) :] if rest else got, content(length))
 
 
 class ReceiveTests(PagesTestCase):
@@ -307,6 +514,25 @@ class ReceiveTests(PagesTestCase):
             self.assertEqual(drain(self.program), content(100_000))
             settled = lease.settle()
             self.assertEqual((settled[2], join(settled[6])), (len(frame), frame[:cut]))
+
+    def test_control_in_two_leases(self) -> None:
+        """So is a CREDIT whose middle is the end of a lease, and an ACK."""
+        credit = encode(Kind.CREDIT, 3, u64(3500, 0))
+        for frame in (credit, encode(Kind.ACK, 0, u64(0))):
+            for cut in range(1, len(frame)):
+                self.peer.send(frame[:cut])
+                lease = self.lease(0, window=WIDE)
+                self.wait(lease, 0.002)
+                settled = lease.settle()
+                self.assertEqual((settled[2], join(settled[6])), (0, frame[:cut]))
+                lease = self.lease(0, window=WIDE)
+                self.assertTrue(lease.feed(settled[6]))
+                self.peer.send(frame[cut:] + data_header(3, 4) + b"next")
+                self.wait(lease, 0.002)
+                settled = lease.settle()
+                self.assertEqual(drain(self.program), b"next")
+                self.assertEqual(settled[8][0][2], 3500 if frame is credit else 0)
+                self.assertEqual((join(settled[6]), settled[7]), (b"", 0))
 
     def test_program_takes_no_more(self) -> None:
         """What a program does not take is given back, and so is what comes behind it, or it stays."""
@@ -383,6 +609,19 @@ class SendOverTCPTests(OverTCP, SendTests):
 class ReceiveOverTCPTests(OverTCP, ReceiveTests):
     """The same over TCP."""
 
+    def test_urgent(self) -> None:
+        """Urgent data, which nobody should send and C{splice} does not pass, is Python's, who does."""
+        frame = data_header(3, 40_000) + content(40_000)
+        self.blocking(self.peer)
+        self.peer.sendall(frame[:20_000])
+        self.peer.send(b"!", socket.MSG_OOB)
+        self.peer.sendall(frame[20_000:])
+        settled = self.ends_by_itself(self.lease(0, window=WIDE))
+        rest = b""
+        while len(rest) < len(frame) - len(join(settled[6])):
+            rest += self.receive(self.link, 1)
+        self.assertEqual(join(settled[6]) + rest, frame)
+
 
 class OwnerTests(PagesTestCase):
     """Who has the pipes."""
@@ -398,9 +637,41 @@ class OwnerTests(PagesTestCase):
         self.assertRaises(RuntimeError, other.pass_on, native.Pages(), 1, True)
         self.assertRaises(TypeError, other.pass_on, object(), 1, True)
         keys = copied.Records(1, 2)
+        wanted = (keys.sealer, keys.opener, keys.pool, InvalidTag)
+        self.assertRaises(RuntimeError, other.encrypt, *wanted)
         self.pages = None
         encrypted = self.lease(1000, keys=keys)
         self.assertRaises(RuntimeError, encrypted.pass_on, native.Pages(), 1, True)
+
+    def test_turn(self) -> None:
+        """A turn in which nothing can be read would be one after the other."""
+        self.assertRaises(ValueError, self.lease_without().pass_on, self.pages, 0, True)
+
+    def test_no_memory(self) -> None:
+        """What could not be settled for want of memory is not settled in part by another try."""
+        try:
+            testing = importlib.import_module("_testcapi")
+        except ImportError:
+            raise SkipTest("this Python cannot have its memory fail") from None
+        assert native is not None
+        failed = 0
+        for count in range(1, 40):
+            self.pages = native.Pages()
+            self.peer.send(data_header(3, 50_000) + content(9000))
+            self.program.send(content(20_000))
+            lease = self.lease(PLENTY, window=WIDE)
+            self.wait(lease)
+            testing.set_nomemory(count, count + 1)
+            try:
+                lease.settle()
+            except MemoryError:
+                failed += 1
+            finally:
+                testing.remove_mem_hooks()
+            self.assertRaises(RuntimeError, lease.settle)
+            for sock in (self.peer, self.link):
+                drain(sock)
+        self.assertGreater(failed, 5)
 
     def lease_without(self) -> Any:
         kept, self.pages = self.pages, None

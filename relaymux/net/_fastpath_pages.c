@@ -98,7 +98,7 @@ static Py_ssize_t take_payload(Lease *lease, int is_first, int *lost)
     if (lease->payload.count + lease->arriving / lease->pool->store->size + 2 > MOST_PIECES)
         return (*lost = give_up_frame(lease));
     Output output = {.pool = lease->pool, .pieces = &lease->payload};
-    return pages_copy(in, &lease->arriving, &output);
+    return pages_copy(in, &lease->arriving, &output) ? -1 : 1; /* at least */
 }
 
 /*
@@ -112,14 +112,18 @@ static Py_ssize_t take_payload(Lease *lease, int is_first, int *lost)
 int take_pages(Lease *lease, int *lost)
 {
     Py_ssize_t total = 0, count = 1;
-    for (int is_first = 1; count > 0 && total < lease->link_turn && !lease->over && !lease->read_end; is_first = 0) {
+    for (int is_first = 1; count > 0 && total < lease->link_turn; is_first = 0) {
+        if (lease->over || lease->read_end)
+            break;
         if (lease->header_length == HEADER)
             count = lease->kind == DATA ? take_payload(lease, is_first, lost) : take_few(lease, lost);
         else if (lease->gets_data || lease->header_length)
             count = take_header(lease, lost);
-        else if ((count = take_pieces(lease, CONTROL_TURN, CONTROL_TURN, lost)) < CONTROL_TURN && count > 0)
-            count = lease->gets_data; /* else there is no more */
+        else
+            count = take_pieces(lease, CONTROL_TURN, CONTROL_TURN, lost);
         total += count;
+        if (!lease->header_length && !lease->gets_data && count < CONTROL_TURN)
+            break; /* there is no more, or it failed */
         if (count < 0 || lease->header_length < HEADER || lease->missing)
             continue;
         if (!end_frame(lease))
@@ -127,5 +131,7 @@ int take_pages(Lease *lease, int *lost)
         else if ((*lost = give_up_frame(lease)))
             count = -1;
     }
+    if (!total && !lease->read_end)
+        lease->over = 1; /* something is there that is not for splice(), as urgent data is */
     return count < 0 ? -1 : 0;
 }
