@@ -16,6 +16,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
@@ -792,6 +793,32 @@ class BulkOverTCPTests(copied.BulkTests):
         fast_path._stock.give_back(real)
         self.over(near, far)
         self.assert_received(far, copied.BULK)
+
+
+class BulkOverPacedTCPTests(copied.FastPathTests):
+    """Bulk over TCP that sends by timers: pages are passed on out of the link alone."""
+
+    congestion = b"bbr"
+
+    def setUp(self) -> None:
+        super().setUp()
+        available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_bytes().split()
+        if self.congestion not in available:
+            raise SkipTest("this kernel has no bbr")
+
+    def test_both_ways(self) -> None:
+        """It arrives as it was sent."""
+        try:
+            self.link()
+        except PermissionError:
+            raise SkipTest("this kernel has bbr for root alone") from None
+        self.assertTrue(self.links[0].is_paced)
+        near, far = self.serve("ram", copied.BULK, copied.LESS)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_received(far, copied.BULK)
+        self.assert_received(near, copied.LESS)
+        self.assert_carried(4 * copied.MIB)
 
 
 class EndsOverTCPTests(copied.EndTests):
