@@ -51,11 +51,10 @@ static Py_ssize_t receive(Lease *lease, unsigned char *to, Py_ssize_t length)
     do
         count = recv(lease->fd, to, length, MSG_DONTWAIT);
     while (count < 0 && errno == EINTR);
-    if (!count)
-        lease->read_end = -1;
-    else if (count < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
-        lease->read_end = errno;
-    return count > 0 ? count : 0;
+    if (count > 0)
+        return count;
+    lease->read_end = input_end(count);
+    return 0;
 }
 
 /* The next bytes of a header.  Returns how many there were; -1 with an exception. */

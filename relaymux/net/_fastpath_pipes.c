@@ -43,10 +43,7 @@ Py_ssize_t pages_take(int fd, const Pipe *pipe, Py_ssize_t limit, Py_ssize_t aga
     while (total < limit) {
         ssize_t count = pass(fd, pipe->write, limit - total);
         if (count <= 0) {
-            if (!count)
-                *ended = -1;
-            else if (errno != EAGAIN && errno != EWOULDBLOCK)
-                *ended = errno;
+            *ended = input_end(count);
             break;
         }
         total += count;

@@ -289,6 +289,14 @@ unsigned char *output_room(Output *output, Py_ssize_t minimum)
     return (unsigned char *)output->room + output->filled;
 }
 
+/* How input has ended, for a call that returned no bytes: -1 at its end, an error, or 0 if there are none yet. */
+int input_end(ssize_t count)
+{
+    if (!count)
+        return -1;
+    return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : errno;
+}
+
 /*
  * Read up to `limit` bytes of a socket, in rooms of `minimum` at least, and again as long as a read brings
  * `again`.  Returns how many there were, and sets `ended`: -1 at the end of input, an error where there is
@@ -309,10 +317,7 @@ Py_ssize_t gather(Output *output, int fd, Py_ssize_t limit, Py_ssize_t minimum, 
         if (count < 0 && errno == EINTR)
             continue; /* it does not wait, so signals have their turn soon */
         if (count <= 0) {
-            if (!count)
-                *ended = -1;
-            else if (errno != EAGAIN && errno != EWOULDBLOCK)
-                *ended = errno;
+            *ended = input_end(count);
             break;
         }
         output->filled += count;

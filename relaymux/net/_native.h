@@ -74,6 +74,7 @@ char *room_in(Pool *pool, Py_ssize_t minimum, Py_ssize_t *length);
 int check_minimum(Pool *pool, Py_ssize_t minimum);
 unsigned char *output_room(Output *output, Py_ssize_t minimum);
 int output_take(Output *output);
+int input_end(ssize_t count);
 Py_ssize_t gather(Output *output, int fd, Py_ssize_t limit, Py_ssize_t minimum, Py_ssize_t again, int *ended);
 
 /* _pieces.c */
