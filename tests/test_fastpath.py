@@ -206,9 +206,9 @@ class LeaseTestCase(SynchronousTestCase):
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
-    def wait(self, lease: Any, seconds: float = 0.05) -> list[tuple[int, int]]:
+    def wait(self, lease: Any, seconds: float = 0.05, pause: float = 10.0) -> list[tuple[int, int]]:
         assert native is not None
-        return list(native.wait(self.epoll.fileno(), -1.0, seconds, [lease]))
+        return list(native.wait(self.epoll.fileno(), -1.0, seconds, pause, [lease]))
 
     def left(self, settled: Any) -> bytes:
         """What a lease has left to Python: of what was received, and what still is to be."""
@@ -255,12 +255,21 @@ class LeaseTests(LeaseTestCase):
                 self.program.recv(1 << 20)
         self.assertEqual(self.epoll.poll(1), [(self.local.fileno(), select.EPOLLOUT)])
 
+    def test_nothing_happens(self) -> None:
+        """A lease in which nothing happens ends before its time."""
+        alarm = threading.Timer(5.0, self.program.send, (b"late",))
+        alarm.start()
+        lease = self.lease(1000)
+        self.assertEqual(self.wait(lease, 10.0, 0.01), [])
+        alarm.cancel()
+        self.assertEqual(lease.settle()[0], 0)
+
     def test_no_time(self) -> None:
         """Without any time, what is there is carried all the same."""
         self.program.send(b"now")
         lease = self.lease(1000)
         assert native is not None
-        self.assertEqual(native.wait(self.epoll.fileno(), 0.0, 0.05, [lease]), [])
+        self.assertEqual(native.wait(self.epoll.fileno(), 0.0, 0.05, 0.05, [lease]), [])
         self.assertEqual(self.peer.recv(100), data_header(3, 3) + b"now")
 
     def test_acknowledged_within_a_frame(self) -> None:

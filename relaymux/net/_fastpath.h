@@ -32,6 +32,10 @@ enum { ACK = 0x06, DATA = 0x13, CREDIT = 0x14 };
 /* Pipes in which pages wait to be acknowledged. */
 #define STORES 4
 
+/* What a frame begins with: an ACK, and its header.  There is room for twice as many as are not acknowledged. */
+#define HEAD (ACK_FRAME + HEADER)
+#define HEADS (2 * MOST_SENT)
+
 typedef struct {
     int read, write, is_open;
 } Pipe;
@@ -41,11 +45,13 @@ typedef struct {
     PyObject_HEAD
     int is_lent; /* a lease has it that is not settled */
     int was_full; /* the last lease had to copy some of what had arrived */
-    Pipe out, line, in;
+    Pipe out, in;
     Pipe store[STORES]; /* used in turn, from `first` to `last` */
     Py_ssize_t stored[STORES];
     int first, last;
     int nowhere; /* /dev/null */
+    unsigned char *heads; /* what frames begin with, in pages of their own */
+    unsigned int next_head;
 } Pages;
 
 /* A sequenced frame that was sent and not acknowledged. */
@@ -55,7 +61,7 @@ typedef struct {
     unsigned char head[CREDIT_FRAME];
     Pieces payload; /* or, where pages are passed on: */
     Py_ssize_t stored;  /* bytes of it in the stores, and */
-    Py_ssize_t useless; /* those before them of no frame: what another store had room for of this one */
+    Py_ssize_t useless; /* those before them: its head, and what another store had room for of it */
 } Sent;
 
 typedef struct {
@@ -90,8 +96,7 @@ typedef struct {
     /* Of a link whose pages are passed on; else NULL. */
     Pages *pages;
     int sends_pages;        /* to the link, too */
-    Py_ssize_t leading;     /* bytes of `line` that follow `unsent` */
-    Py_ssize_t leaving;     /* bytes of `out` that follow them */
+    Py_ssize_t leaving;     /* bytes of `out` that follow `unsent` */
     Py_ssize_t forgotten;   /* bytes that need not be stored any longer */
     int lost;               /* something that was taken is gone: it cannot be settled */
     int gets_data;          /* DATA has arrived */
@@ -110,7 +115,7 @@ typedef struct {
     int first, sent_count;
     int blocked; /* the link takes nothing more; `unsent` is what is left of a write */
     Pieces unsent; /* as its socket takes it: encrypted, where the link is */
-    unsigned char ack[ACK_FRAME]; /* what `unsent` may have of an ACK; and of CREDITs: */
+    unsigned char lead[HEAD]; /* what `unsent` may have before a payload; and of CREDITs: */
     unsigned char credits[CREDIT_FRAME * MOST_STREAMS + ACK_FRAME];
     int write_end;
     /* What is received. */
@@ -143,7 +148,8 @@ void watch(const Lease *lease, int fd, uint32_t events);
 void release(Lease *lease, Stream *stream);
 void push(Lease *lease);
 Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length);
-Pieces lead(Lease *lease, Sent *sent);
+Py_ssize_t lead_length(const Lease *lease);
+void lead(Lease *lease, const Stream *stream, Py_ssize_t length, unsigned char *at);
 int from_local(Lease *lease, Stream *stream);
 int go_on(Lease *lease);
 int link_takes(Lease *lease);
@@ -167,9 +173,10 @@ Py_ssize_t pages_take(int fd, const Pipe *pipe, Py_ssize_t limit, Py_ssize_t aga
 Py_ssize_t pages_put(int fd, const Pipe *pipe, Py_ssize_t length, int *error);
 int pages_can_store(const Pages *pages);
 Py_ssize_t pages_store(Pages *pages, Py_ssize_t length);
-Py_ssize_t pages_lead(Pages *pages, const void *head, Py_ssize_t size, Py_ssize_t length);
-int pages_forget(Pages *pages, Py_ssize_t *length);
+int pages_open(Pages *pages);
+unsigned char *pages_begin(Pages *pages, Py_ssize_t size);
+int pages_drop(const Pages *pages, const Pipe *pipe, Py_ssize_t *length);
 int pages_copy(const Pipe *pipe, Py_ssize_t *length, Output *output);
-int pages_copy_stored(Pages *pages, Py_ssize_t *length, Output *output);
+int pages_unstore(Pages *pages, Py_ssize_t *length, Output *output);
 
 #endif

@@ -117,8 +117,10 @@ static PyObject *lease_pass_on(Lease *lease, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "it is encrypted, has pages, or another lease has these");
         return NULL;
     }
-    pages->is_lent = 1;
-    pages->was_full = 0;
+    if (pages_open(pages)) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return NULL;
+    }
     lease->sends_pages = sends;
     lease->pages = (Pages *)Py_NewRef(pages);
     lease->link_turn = link_turn;
@@ -246,8 +248,8 @@ static PyObject *stream_result(Lease *lease, const Stream *stream)
 static int append_stored(Lease *lease, PyObject *list, Sent *sent)
 {
     Output output = {.pool = lease->pool, .views = list};
-    return pages_forget(lease->pages, &sent->useless) ||
-           pages_copy_stored(lease->pages, &sent->stored, &output) ? -1 : 0;
+    return pages_unstore(lease->pages, &sent->useless, NULL) ||
+           pages_unstore(lease->pages, &sent->stored, &output) ? -1 : 0;
 }
 
 static PyObject *sent_result(Lease *lease, Sent *sent)
@@ -284,9 +286,8 @@ static int fill(Lease *lease, PyObject *sent, PyObject *streams, PyObject *unsen
     }
     if (give_up_frame(lease) || append_buffers(unsent, &lease->unsent))
         return -1;
-    if (lease->pages && (append_pages(lease, unsent, &lease->pages->line, &lease->leading) ||
-                         append_pages(lease, unsent, &lease->pages->out, &lease->leaving) ||
-                         pages_forget(lease->pages, &lease->forgotten)))
+    if (lease->pages && (append_pages(lease, unsent, &lease->pages->out, &lease->leaving) ||
+                         pages_unstore(lease->pages, &lease->forgotten, NULL)))
         return -1;
     for (int i = 0; i < lease->sent_count; i++) {
         PyObject *frame = sent_result(lease, &lease->sent[(lease->first + i) % MOST_SENT]);

@@ -11,37 +11,34 @@
 
 /*
  * Send up to `most` bytes of a local socket that stay where they are; the caller has asked whether they can be
- * stored.  -1 with an exception.
+ * stored.  1, or 0: it could not be done this way.  -1 with an exception.
  */
 int send_pages(Lease *lease, Stream *stream, Py_ssize_t most)
 {
     Pages *pages = lease->pages;
+    Py_ssize_t size = lead_length(lease);
+    unsigned char *head = pages_begin(pages, size);
+    if (!head)
+        return 0;
     Py_ssize_t length = pages_take(stream->fd, &pages->out, most, READ_AGAIN, &stream->read_end);
     if (stream->read_end)
         lease->over = 1;
-    if (!length)
-        return 0;
-    Py_ssize_t useless = pages_store(pages, length);
-    if (useless < 0) {
+    Py_ssize_t useless = 0;
+    if (length)
+        useless = pages_store(pages, size + length);
+    if (useless < 0 || (!length && pages_drop(pages, &pages->out, &size))) {
         lease->lost = lease->over = 1;
         return -1;
     }
+    if (!length)
+        return 1;
+    lead(lease, stream, length, head);
     Sent *sent = keep_data(lease, stream, length);
     sent->stored = length;
-    sent->useless = useless;
-    Pieces frames = lead(lease, sent);
-    char head[ACK_FRAME + HEADER];
-    Py_ssize_t size = 0;
-    for (int i = 0; i < frames.count; size += frames.piece[i++].length)
-        memcpy(head + size, frames.piece[i].memory, frames.piece[i].length);
-    Py_ssize_t moved = pages_lead(pages, head, size, length);
-    if (moved >= 0)
-        lease->leading = size + moved;
-    else
-        lease->unsent = frames;
-    lease->leaving = length - (moved > 0 ? moved : 0);
+    sent->useless = useless + size;
+    lease->leaving = size + length;
     push(lease);
-    return 0;
+    return 1;
 }
 
 /* Read up to `length` bytes of the link.  Returns how many there were. */

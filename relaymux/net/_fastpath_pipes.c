@@ -2,10 +2,9 @@
  * Pages: pipes by which pages of memory are passed on and not copied.
  *
  * A pipe holds references to pages (splice(2)), and tee(2) makes more of them.  So what a local
- * socket gave goes into the pipe `out`, from there a second reference into a `store`, where it
- * waits to be acknowledged, and the first one into `line`, behind the header of its frame, and to
- * the link; what the link gave goes through the pipe `in`.  At the end of a lease all of them are
- * emptied.
+ * socket gave goes into the pipe `out`, behind the header of its frame, from there a second
+ * reference into a `store`, where it waits to be acknowledged, and the first one to the link; what
+ * the link gave goes through the pipe `in`.  At the end of a lease all of them are emptied.
  *
  * None of these calls waits, as all sockets and pipes are O_NONBLOCK (SPLICE_F_NONBLOCK is not for
  * sockets that are written), and none is to end the process by SIGPIPE, which Python ignores.
@@ -17,7 +16,9 @@
 #include <fcntl.h>
 #include <stddef.h>
 #include <structmember.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 /* Bytes that a pipe can hold if all of its pages are full; what an ordinary user may have at most. */
@@ -82,6 +83,34 @@ static Py_ssize_t oldest(Pages *pages)
     return pages->stored[pages->first];
 }
 
+/*
+ * Have the empty `out` begin with `size` bytes, at most HEAD, that the caller writes to where this returns, before
+ * anybody reads them.  NULL, without an exception: it does not.
+ *
+ * They are not copied either.  So nobody is to write there again until they are read at the far end: not before
+ * the frame is acknowledged, and MOST_SENT of a lease are not, at most.  What another lease has left somewhere has
+ * a page of its own, see pages_open().
+ */
+unsigned char *pages_begin(Pages *pages, Py_ssize_t size)
+{
+    unsigned char *head = pages->heads + HEAD * (pages->next_head++ % HEADS);
+    struct iovec one = {.iov_base = head, .iov_len = size};
+    ssize_t count;
+    *head = 0; /* so that it is the page that is written to later, and not one that is shared until then */
+    do
+        count = vmsplice(pages->out.write, &one, 1, SPLICE_F_NONBLOCK);
+    while (count < 0 && errno == EINTR);
+    return count == size ? head : NULL;
+}
+
+/* Begin with a lease. */
+int pages_open(Pages *pages)
+{
+    pages->is_lent = 1;
+    pages->was_full = 0;
+    return madvise(pages->heads, HEAD * HEADS, MADV_DONTNEED); /* who has it keeps it; here is a new one */
+}
+
 /* Whether whatever is in `out` can be stored. */
 int pages_can_store(const Pages *pages)
 {
@@ -115,32 +144,17 @@ Py_ssize_t pages_store(Pages *pages, Py_ssize_t length)
     return -1;
 }
 
-/*
- * Put `head` and what is in `out`, `length` bytes, into the empty `line`, which is to leave first.  Returns how
- * many of these have found room there; -1 without an exception: not even the head has.
- */
-Py_ssize_t pages_lead(Pages *pages, const void *head, Py_ssize_t size, Py_ssize_t length)
-{
-    ssize_t count = write(pages->line.write, head, size); /* at once, or nothing: PIPE_BUF, pipe(7) */
-    if (count != size)
-        return -1;
-    count = pass(pages->out.read, pages->line.write, length);
-    return count > 0 ? count : 0;
-}
-
-/* Drop the oldest `*length` bytes that are stored, and count them down.  -1 with an exception. */
-int pages_forget(Pages *pages, Py_ssize_t *length)
+/* Drop the first `*length` bytes of a pipe, and count them down.  -1 with an exception. */
+int pages_drop(const Pages *pages, const Pipe *pipe, Py_ssize_t *length)
 {
     while (*length) {
-        Py_ssize_t here = oldest(pages);
-        ssize_t count = pass(pages->store[pages->first].read, pages->nowhere, here < *length ? here : *length);
+        ssize_t count = pass(pipe->read, pages->nowhere, *length);
         if (count <= 0) {
             if (!count)
                 errno = EIO;
             PyErr_SetFromErrno(PyExc_OSError);
             return -1;
         }
-        pages->stored[pages->first] -= count;
         *length -= count;
     }
     return 0;
@@ -174,8 +188,8 @@ int pages_copy(const Pipe *pipe, Py_ssize_t *length, Output *output)
     return output_take(output);
 }
 
-/* The same with the oldest bytes that are stored. */
-int pages_copy_stored(Pages *pages, Py_ssize_t *length, Output *output)
+/* The same with the oldest bytes that are stored; without an output they are dropped. */
+int pages_unstore(Pages *pages, Py_ssize_t *length, Output *output)
 {
     while (*length) {
         Py_ssize_t here = oldest(pages);
@@ -184,8 +198,9 @@ int pages_copy_stored(Pages *pages, Py_ssize_t *length, Output *output)
             PyErr_SetFromErrno(PyExc_OSError);
             return -1;
         }
+        const Pipe *store = &pages->store[pages->first];
         Py_ssize_t part = here < *length ? here : *length, left = part;
-        int failed = pages_copy(&pages->store[pages->first], &left, output);
+        int failed = output ? pages_copy(store, &left, output) : pages_drop(pages, store, &left);
         pages->stored[pages->first] -= part - left;
         *length -= part - left;
         if (failed)
@@ -205,12 +220,13 @@ static void close_pipe(Pipe *pipe)
 static void pages_dealloc(Pages *pages)
 {
     close_pipe(&pages->out);
-    close_pipe(&pages->line);
     close_pipe(&pages->in);
     for (int i = 0; i < STORES; i++)
         close_pipe(&pages->store[i]);
     if (pages->nowhere >= 0)
         close(pages->nowhere);
+    if (pages->heads)
+        munmap(pages->heads, HEAD * HEADS);
     Py_TYPE(pages)->tp_free(pages);
 }
 
@@ -227,16 +243,17 @@ static int open_pipe(Pipe *pipe)
     return size == PIPE_SIZE ? 0 : -1;
 }
 
-/* Whether a byte comes through: 0, or -1 with `errno`. */
+/* Whether bytes come through: 0, or -1 with `errno`. */
 static int try_pages(Pages *pages)
 {
     int ends[2], error = 0;
     char byte = 1;
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends))
         return -1;
-    int done = send(ends[0], &byte, 1, MSG_NOSIGNAL) == 1 && pass(ends[1], pages->out.write, 1) == 1 &&
-               tee(pages->out.read, pages->in.write, 1, SPLICE_F_NONBLOCK) == 1 &&
-               pass(pages->out.read, ends[1], 1) == 1 && pass(pages->in.read, pages->nowhere, 1) == 1;
+    int done = pages_begin(pages, 1) && send(ends[0], &byte, 1, MSG_NOSIGNAL) == 1 &&
+               pass(ends[1], pages->out.write, 1) == 1 &&
+               tee(pages->out.read, pages->in.write, 2, SPLICE_F_NONBLOCK) == 2 &&
+               pass(pages->out.read, ends[1], 2) == 2 && pass(pages->in.read, pages->nowhere, 2) == 2;
     if (!done)
         error = errno;
     close(ends[0]);
@@ -252,8 +269,10 @@ static PyObject *pages_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     Pages *pages = (Pages *)type->tp_alloc(type, 0);
     if (!pages)
         return NULL;
+    void *heads = mmap(NULL, HEAD * HEADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    pages->heads = heads == MAP_FAILED ? NULL : heads;
     pages->nowhere = open("/dev/null", O_WRONLY | O_CLOEXEC);
-    int failed = pages->nowhere < 0 || open_pipe(&pages->out) || open_pipe(&pages->line) || open_pipe(&pages->in);
+    int failed = !pages->heads || pages->nowhere < 0 || open_pipe(&pages->out) || open_pipe(&pages->in);
     for (int i = 0; i < STORES && !failed; i++)
         failed = open_pipe(&pages->store[i]);
     if (failed || try_pages(pages)) {

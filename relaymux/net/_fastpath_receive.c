@@ -293,5 +293,5 @@ int from_link(Lease *lease)
     deliver_all(lease);
     if (raise_again(error, 0) || go_on(lease))
         return -1;
-    return lease->pages ? pages_forget(lease->pages, &lease->forgotten) : 0;
+    return lease->pages ? pages_unstore(lease->pages, &lease->forgotten, NULL) : 0;
 }

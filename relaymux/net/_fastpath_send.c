@@ -70,11 +70,9 @@ void push(Lease *lease)
 {
     if (lease->unsent.count)
         put(lease->fd, &lease->unsent, &lease->write_end);
-    if (lease->leading && !lease->unsent.count && !lease->write_end)
-        lease->leading -= pages_put(lease->fd, &lease->pages->line, lease->leading, &lease->write_end);
-    if (lease->leaving && !lease->unsent.count && !lease->leading && !lease->write_end)
+    if (lease->leaving && !lease->unsent.count && !lease->write_end)
         lease->leaving -= pages_put(lease->fd, &lease->pages->out, lease->leaving, &lease->write_end);
-    int blocked = lease->unsent.count || lease->leading || lease->leaving;
+    int blocked = lease->unsent.count || lease->leaving;
     if (lease->write_end) {
         lease->over = 1;
     } else if (blocked != lease->blocked) {
@@ -180,31 +178,40 @@ Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length)
     return sent;
 }
 
-/* What leaves before its payload: an ACK if one is worthwhile, and its header. */
-Pieces lead(Lease *lease, Sent *sent)
+static int ack_rides(const Lease *lease)
 {
-    Pieces frames = {.count = 0};
-    if (lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE)
-        append(&frames, NULL, (char *)lease->ack, put_ack(lease, lease->ack));
-    append(&frames, NULL, (char *)sent->head, HEADER);
-    return frames;
+    return lease->rx_next - lease->rx_acknowledged >= lease->ack_bytes / ACK_RIDE_SHARE;
+}
+
+/* Bytes that leave before a payload. */
+Py_ssize_t lead_length(const Lease *lease)
+{
+    return (ack_rides(lease) ? ACK_FRAME : 0) + HEADER;
+}
+
+/* Write these: an ACK if one is worthwhile, and the header of what a local socket gave. */
+void lead(Lease *lease, const Stream *stream, Py_ssize_t length, unsigned char *at)
+{
+    if (ack_rides(lease))
+        at += put_ack(lease, at);
+    put_header(at, DATA, stream->id, length);
 }
 
 /* Send up to `most` bytes of a local socket, in memory.  -1 with an exception. */
 static int send_pieces(Lease *lease, Stream *stream, Py_ssize_t most)
 {
-    Pieces pieces = {.count = 0};
+    Pieces pieces = {.count = 0}, frames = {.count = 0};
     Output output = {.pool = lease->pool, .pieces = &pieces};
     int failed = gather(&output, stream->fd, most, READ_ROOM, READ_AGAIN, &stream->read_end) < 0;
     if (failed || stream->read_end)
         lease->over = 1;
     if (!pieces.count)
         return failed ? -1 : 0;
-    Sent *sent = keep_data(lease, stream, pieces.length);
-    sent->payload = pieces;
-    Pieces frames = lead(lease, sent);
+    append(&frames, NULL, (char *)lease->lead, lead_length(lease));
+    lead(lease, stream, pieces.length, lease->lead);
     for (int i = 0; i < pieces.count; i++)
         append(&frames, pieces.piece[i].owner, pieces.piece[i].memory, pieces.piece[i].length);
+    keep_data(lease, stream, pieces.length)->payload = pieces;
     Error error = keep_error();
     return raise_again(error, say(lease, &frames));
 }
@@ -225,8 +232,11 @@ int from_local(Lease *lease, Stream *stream)
     }
     if ((uint64_t)most > stream->limit - stream->sent)
         most = stream->limit - stream->sent;
+    int done = 0;
     if (lease->sends_pages && pages_can_store(lease->pages))
-        return send_pages(lease, stream, most);
+        done = send_pages(lease, stream, most);
+    if (done)
+        return done < 0 ? -1 : 0;
     return send_pieces(lease, stream, most);
 }
 

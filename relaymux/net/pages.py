@@ -12,7 +12,7 @@ __all__ = ["PageStock"]
 
 _log: Final = Logger("relaymux.link")
 
-#: Sets of pipes, one for each lease at a time; the others copy.  A set takes 15 descriptors and 1,792 of
+#: Sets of pipes, one for each lease at a time; the others copy.  A set takes 13 descriptors and 1,536 of
 #: the 16,384 pages of pipes that Linux allows an ordinary user; nothing is in them between two leases.
 MOST_PAGES: Final = 4
 
