@@ -18,7 +18,7 @@ from relaymux.net.amounts import exact_amount
 __all__ = ["MOST_LINES", "Endings"]
 
 #: Lines of one section in L{INTERVAL} seconds; those beyond are counted, and one line says so.
-MOST_LINES: Final = 100
+MOST_LINES: Final = 20
 INTERVAL: Final = 1.0
 
 

@@ -46,6 +46,9 @@ SHORT_TURN: Final = 128 * 1024
 #: takes, and too short for libvirt's keepalive, every 5 s, to cost anything.
 TALK_SECONDS: Final = 0.25
 
+#: Seconds in which it is no news that a connection has said something once more.
+NEWS_SECONDS: Final = 0.02
+
 #: Sockets that are looked at before a turn of bulk: those that were read last.  Asking the
 #: kernel about one costs some 0.1 microseconds.
 MOST_EXPECTED: Final = 16
@@ -89,7 +92,11 @@ class ReadTurns:
 
     def expect(self, descriptor: int, reader: LittleReader, now: float) -> None:
         """C{reader} brought little: for L{TALK_SECONDS} it goes before bulk."""
-        known = self._expected.pop(descriptor, None)
+        known = self._expected.get(descriptor)
+        if known is not None:
+            if now < known[1] - TALK_SECONDS + NEWS_SECONDS:
+                return
+            del self._expected[descriptor]  # it is the last one of all now
         self._expected[descriptor] = (reader, now + TALK_SECONDS)
         if known is None:
             self._poll.register(descriptor, select.POLLIN)
