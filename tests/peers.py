@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.core.handshake import Limits
+from relaymux.core.link import CLOSED_SECONDS
 from relaymux.net.peer import Identity, Peer
 from relaymux.net.stream import StreamTransport
 from relaymux.testing.memory import MemoryConnection
@@ -212,7 +213,9 @@ class StreamTestCase(EndsTestCase):
         return stream, near_protocol, service.streams[0], service.protocols[0]
 
     def settle(self) -> None:
+        """Let happen what needs no time, and what waits for others to leave with."""
         self.ends.settle()
+        self.ends.advance(2 * CLOSED_SECONDS)
 
 
 class PeerTestCase(EndsTestCase):

@@ -13,12 +13,14 @@ from relaymux.core.events import (
     WelcomeReceived,
 )
 from relaymux.core.handshake import Hello, Limits, Welcome
-from relaymux.core.link import ACK_SECONDS, HANDSHAKE_SECONDS, Link, LinkState
+from relaymux.core.link import ACK_SECONDS, CLOSED_SECONDS, HANDSHAKE_SECONDS, Link, LinkState
 from relaymux.errors import ErrorCode, LocalError
 from tests.wire import (
     ACK,
     BYE,
+    CLOSED,
     DATA,
+    FIN,
     HELLO,
     INSTANCE,
     LIMITS,
@@ -26,6 +28,7 @@ from tests.wire import (
     PING,
     PONG,
     REJECT,
+    RESET,
     RESUME,
     WELCOME,
     Core,
@@ -250,6 +253,47 @@ class LivenessTests(SynchronousTestCase):
         self.assertEqual(core.raw(), unhex("06 00 0000 00000000 00000008 000000000000001f"))
         core.link.handle_timer(4.9)
         self.assertEqual(core.say(), [])
+
+    def test_delayed_closed(self) -> None:
+        """CLOSED, which answers a FIN, leaves with the next thing to say, or with the ACK a moment later."""
+        for speaks in (True, False):
+            core = Core().shake(replay=1 << 30)
+            core.now = 1.0
+            core.opened_by_peer().hear(frame(DATA, 1, b"abc"))
+            core.session.consumed(1, 3)
+            self.assertEqual(core.link.next_timer(), 1.0 + ACK_SECONDS)
+            core.now = 1.01
+            core.hear(frame(FIN, 1, u64(3)))
+            self.assertEqual((core.link.has_something, core.link.at_rest), (False, True))
+            self.assertEqual(core.link.next_timer(), 1.01 + CLOSED_SECONDS)
+            if speaks:
+                core.session.finish(1)
+                self.assertTrue(core.link.has_something)
+                self.assertEqual([kind for kind, _, _ in core.say()], [CLOSED, FIN])
+            core.link.handle_timer(1.01 + CLOSED_SECONDS)
+            self.assertTrue(core.link.has_something)
+            self.assertEqual([kind for kind, _, _ in core.say()], [ACK] if speaks else [ACK, CLOSED])
+            self.assertFalse(core.link.has_something)
+
+    def test_prompt_closed(self) -> None:
+        """Nothing waits that the consumer or an error caused, nor what is to be sent over another link."""
+        core = Core().shake(replay=1 << 30).opened_by_peer().opened_by_peer(3)
+        core.hear(frame(DATA, 1, b"abc") + frame(FIN, 1, u64(3)))
+        self.assertFalse(core.link.has_something)
+        core.session.consumed(1, 3)
+        self.assertTrue(core.link.has_something)
+        self.assertEqual([kind for kind, _, _ in core.say()], [CLOSED])
+        core.hear(frame(FIN, 3, u64(0)))
+        self.assertFalse(core.link.has_something)
+        core.session.reset(1, ErrorCode.ABORTED)
+        self.assertTrue(core.link.has_something)
+        self.assertEqual([kind for kind, _, _ in core.say()], [CLOSED, RESET])
+        core.opened_by_peer(5).hear(frame(FIN, 5, u64(0)))
+        session = core.session
+        core.link.detach()
+        another = Core().shake(replay=1 << 30)
+        another.link.session = session
+        self.assertTrue(another.link.has_something)
 
     def test_early_ack(self) -> None:
         """... and at once when much arrives."""

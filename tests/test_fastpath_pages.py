@@ -251,7 +251,7 @@ class SendTests(PagesTestCase):
         self.check(content(400_000), 30_000, lag=50, turn=20_000)
 
     def test_more_than_a_pipe_holds(self) -> None:
-        """Bytes in more pieces than one pipe has places for arrive in their order, each frame with its header first."""
+        """More pieces than one pipe has places for arrive in their order, and each header before its frame."""
         self.room_for(self.program)
         data = content(256 * 100)
         for start in range(0, len(data), 100):
@@ -280,7 +280,7 @@ class SendTests(PagesTestCase):
             yield frame
 
     def test_headers_wait(self) -> None:
-        """Frames that the peer leaves in its socket stay as they are, whatever other leases send after them."""
+        """Frames that the peer leaves in its socket stay as they are, whatever is sent after them."""
         self.room_for(self.link)
         self.blocking(self.program)
         sent: list[bytes] = []
@@ -297,11 +297,14 @@ class SendTests(PagesTestCase):
         sent: list[bytes] = []
         got = b""
 
+        def heard() -> int:
+            return len(got) + waiting(self.peer)
+
         def steps() -> None:
             nonlocal got
             for start in range(0, 300, 60):
                 sizes = range(1 + start, 61 + start)
-                sent.extend(self.say_each(sizes, lambda: len(got) + waiting(self.peer)))
+                sent.extend(self.say_each(sizes, heard))
                 got += drain(self.peer)
                 self.peer.send(encode(Kind.ACK, 0, u64(len(got))))
 

@@ -28,6 +28,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from relaymux.core.link import CLOSED_SECONDS
 from relaymux.core.replay import HEAD_ROOM
 from relaymux.core.stream import SendState
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
@@ -524,6 +525,8 @@ class Daemons(RuleBasedStateMachine):
         for _ in range(3):
             for model in self.models:
                 self.end(model)
+            self.settle()
+            self.hosts.clock.advance(CLOSED_SECONDS)
             self.settle()
         self.check_streams()
         for model in self.models:

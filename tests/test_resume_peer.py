@@ -9,7 +9,7 @@ from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
 from relaymux.core.handshake import Hello
-from relaymux.core.link import HANDSHAKE_SECONDS
+from relaymux.core.link import CLOSED_SECONDS, HANDSHAKE_SECONDS
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
 from relaymux.net import inbox
 from relaymux.net.keeper import ACCEPTOR_GRACE
@@ -89,7 +89,7 @@ class WaitingTests(PeerTests):
                 self.assertEqual(talker.written, 700, "one write")
                 self.assert_untouched(talker)
             hosts.connect()
-            hosts.run(0.0)
+            hosts.run(2 * CLOSED_SECONDS)
             for talker in (near, far):
                 self.assert_same(talker.received, data)
                 self.assertEqual(sorted(talker.events), ["lost", "made", "read lost", "write lost"])

@@ -57,6 +57,7 @@ class Outbox:
         self._remote = remote
         self._control: deque[bytes] = deque()
         self._control_sent = 0
+        self._patient = 0  # of the last frames in _control, those that may wait for others to leave with
         self._credit_due: dict[int, None] = {}
         self._turns = TurnQueue()
         self._drained: list[int] = []
@@ -81,8 +82,16 @@ class Outbox:
 
     @property
     def has_something(self) -> bool:
-        """Whether a frame waits to be sent; it may have to wait for the peer's acknowledgement, too."""
-        return bool(self._control or self._credit_due or self._turns or self._again)
+        """
+        Whether a frame is to be sent now; it may have to wait for the peer's acknowledgement, too.
+        """
+        urgent = len(self._control) > self._patient
+        return bool(urgent or self._credit_due or self._turns or self._again)
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether there is a frame that may wait for others to leave with; see L{Link.receive}."""
+        return self._patient > 0
 
     @property
     def ack_due(self) -> bool:
@@ -146,6 +155,7 @@ class Outbox:
         if self._again:
             return self._send_again(limit)
         out: list[Buffer] = []
+        self._patient = 0
         while self._control and not self.replay.full:
             self._emit(out, self._control.popleft())
             self._control_sent += 1

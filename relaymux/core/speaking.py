@@ -232,15 +232,21 @@ class Speaker(Outbox):
         stream.answered = True
         return stream
 
-    def _end_receive(self, stream: Stream, code: int) -> list[Event]:
-        """Say CLOSED if the receiving half has just ended."""
+    def _end_receive(self, stream: Stream, code: int, *, patient: bool = False) -> list[Event]:
+        """
+        Say CLOSED if the receiving half has just ended.
+
+        @param patient: whether it may wait for something to leave with.
+        """
         receive = stream.receive
         if receive.state is not ReceiveState.ENDED:
             return []
         receive.state = ReceiveState.CLOSED
         self._end_window(stream)
         self._credit_due.pop(stream.stream_id, None)
+        patient = patient and len(self._control) == self._patient
         self._queue(Kind.CLOSED, stream.stream_id, CLOSED.pack(code, receive.window.consumed))
+        self._patient += patient
         return self._forget_if_closed(stream)
 
     def _end_window(self, stream: Stream) -> None:

@@ -38,12 +38,13 @@ __all__ = ["FastPath", "lease_of"]
 
 _log: Final = Logger("relaymux.link")
 
-#: Seconds for which a lease lasts at most, and after which it ends if nothing happens.  What is decided between two of them (the sizes of
-#: windows, who may be read) can wait so long, and a lease and its end cost some 20 microseconds.
+#: Seconds for which a lease lasts at most, and after which it ends if nothing happens.  What is decided
+#: between two of them (the sizes of windows, who may be read) can wait so long, and a lease and its end cost
+#: some 20 microseconds.
 LEASE_SECONDS: Final = 0.01
 
-#: The former where pages are passed on: what is not delivered in the end is copied; and where they are passed on
-#: to the link as well, on a short line: so is what is not acknowledged.
+#: The former where pages are passed on: what is not delivered in the end is copied; and where they are passed
+#: on to the link as well, on a short line: so is what is not acknowledged.
 PAGES_LEASE_SECONDS: Final = 0.02
 SENT_PAGES_LEASE_SECONDS: Final = 0.1
 
