@@ -251,7 +251,7 @@ class SendTests(PagesTestCase):
         self.check(content(400_000), 30_000, lag=50, turn=20_000)
 
     def test_more_than_a_pipe_holds(self) -> None:
-        """More pieces than one pipe has places for arrive in their order, and each header before its frame."""
+        """More pieces than a pipe has places for arrive in their order, and each header before its frame."""
         self.room_for(self.program)
         data = content(256 * 100)
         for start in range(0, len(data), 100):
