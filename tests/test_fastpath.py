@@ -206,9 +206,9 @@ class LeaseTestCase(SynchronousTestCase):
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
-    def wait(self, lease: Any, seconds: float = 0.05, pause: float = 10.0) -> list[tuple[int, int]]:
+    def wait(self, lease: Any, seconds: float = 0.05) -> list[tuple[int, int]]:
         assert native is not None
-        return list(native.wait(self.epoll.fileno(), -1.0, seconds, pause, [lease]))
+        return list(native.wait(self.epoll.fileno(), -1.0, seconds, [lease]))
 
     def left(self, settled: Any) -> bytes:
         """What a lease has left to Python: of what was received, and what still is to be."""
@@ -255,21 +255,41 @@ class LeaseTests(LeaseTestCase):
                 self.program.recv(1 << 20)
         self.assertEqual(self.epoll.poll(1), [(self.local.fileno(), select.EPOLLOUT)])
 
-    def test_nothing_happens(self) -> None:
-        """A lease in which nothing happens ends before its time."""
-        alarm = threading.Timer(5.0, self.program.send, (b"late",))
-        alarm.start()
-        lease = self.lease(1000)
-        self.assertEqual(self.wait(lease, 10.0, 0.01), [])
-        alarm.cancel()
-        self.assertEqual(lease.settle()[0], 0)
+    def answer(self, received: int) -> tuple[list[Any], int]:
+        """
+        Have bytes arrive, of which 4048 are worth an ACK, and something leave after that.
+
+        @return: what the peer was told, and how many bytes it knows to have arrived.
+        """
+
+        def talk() -> None:
+            self.peer.send(data_header(3, received) + content(received))
+            select.select([self.program], [], [], 10.0)
+            self.program.send(b"now")
+            self.program.shutdown(socket.SHUT_WR)  # which ends the lease
+
+        lease = self.lease(1000, window=(0, 0, 1 << 22, 1 << 22, 1 << 20), ack_bytes=4 * 1012)
+        talker = threading.Thread(target=talk)
+        talker.start()
+        self.assertEqual(self.wait(lease, 10.0), [])
+        talker.join()
+        return parse(self.peer.recv(100)), lease.settle()[3]
+
+    def test_ack_leads(self) -> None:
+        """An ACK for a quarter of what is worth one leaves in front of the next frame, and not by itself."""
+        said = [(Kind.ACK, 0, u64(1012)), (Kind.DATA, 3, b"now")]
+        self.assertEqual(self.answer(1000), (said, 1012))
+
+    def test_no_ack_leads(self) -> None:
+        """An ACK for less does not."""
+        self.assertEqual(self.answer(999), ([(Kind.DATA, 3, b"now")], 0))
 
     def test_no_time(self) -> None:
         """Without any time, what is there is carried all the same."""
         self.program.send(b"now")
         lease = self.lease(1000)
         assert native is not None
-        self.assertEqual(native.wait(self.epoll.fileno(), 0.0, 0.05, 0.05, [lease]), [])
+        self.assertEqual(native.wait(self.epoll.fileno(), 0.0, 0.05, [lease]), [])
         self.assertEqual(self.peer.recv(100), data_header(3, 3) + b"now")
 
     def test_acknowledged_within_a_frame(self) -> None:

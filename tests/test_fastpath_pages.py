@@ -290,6 +290,48 @@ class SendTests(PagesTestCase):
             self.carry(lease, lambda: sent.extend(self.say_each(sizes, lambda: waiting(self.peer))))  # noqa: B023
         self.assertEqual(drain(self.peer), b"".join(sent))
 
+    def test_headers_of_nothing(self) -> None:
+        """Nor does what brings no bytes change them, as urgent data does not: it is not passed on."""
+        self.blocking(self.program)
+        frame = data_header(3, 1000) + content(1000)
+        got = b""
+
+        def steps() -> None:
+            nonlocal got
+            self.program.sendall(frame[12:])
+            for _ in range(300):
+                self.program.send(b"!", socket.MSG_OOB)
+                time.sleep(0.0005)
+            self.program.sendall(frame[12:])
+            until = time.monotonic() + LONG
+            while waiting(self.peer) < 2 * len(frame) and time.monotonic() < until:
+                time.sleep(0.001)
+            got = drain(self.peer)
+
+        try:
+            self.sockets()[0].send(b"!", socket.MSG_OOB)
+        except OSError:
+            raise SkipTest("this kernel has no urgent data on UNIX sockets") from None
+        self.carry(self.lease(PLENTY), steps)
+        said = parse(got)  # some of what was urgent, too, in frames of its own
+        self.assertEqual({(kind, stream_id) for kind, stream_id, _ in said}, {(Kind.DATA, 3)})
+        self.assertEqual((said[0][2], said[-1][2]), (frame[12:], frame[12:]))
+
+    def test_end_of_nothing(self) -> None:
+        """A program that ends and has said nothing leaves nothing in the pipes for the next lease."""
+        self.program.shutdown(socket.SHUT_WR)
+        settled = self.ends_by_itself(self.lease(PLENTY))
+        self.assertEqual((settled[8][0][8], settled[4]), (-1, []))
+        link, peer = self.link, self.peer
+        self.join_anew()
+        self.program.send(b"next")
+        lease = self.lease(PLENTY)
+        self.wait(lease)
+        self.assertEqual(drain(self.peer), data_header(3, 4) + b"next")
+        self.assertEqual(drain(peer), b"")
+        self.assertEqual([join(buffers) for _, buffers in lease.settle()[4]], [data_header(3, 4) + b"next"])
+        link.close()
+
     def test_headers_are_acknowledged(self) -> None:
         """So it is within a lease, with as many frames as may be that are not acknowledged."""
         self.room_for(self.link)
@@ -302,7 +344,7 @@ class SendTests(PagesTestCase):
 
         def steps() -> None:
             nonlocal got
-            for start in range(0, 300, 60):
+            for start in range(0, 180, 60):
                 sizes = range(1 + start, 61 + start)
                 sent.extend(self.say_each(sizes, heard))
                 got += drain(self.peer)

@@ -535,7 +535,7 @@ class WaitTests(FastPathTestCase):
                     (window.received, window.consumed, window.granted, window.size, window.size // 4),
                 )
             if lease.feed(side.link.suspend()):
-                happened = native.wait(epoll.fileno(), 0.002, 0.002, 0.002, [lease])  # type: ignore[union-attr]
+                happened = native.wait(epoll.fileno(), 0.002, 0.002, [lease])  # type: ignore[union-attr]
                 waiting = side.settle(lease)
                 if any(descriptor == link.fileno() for descriptor, _ in happened):
                     read_link()

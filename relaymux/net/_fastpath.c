@@ -138,9 +138,9 @@ static int begin_carrying(PyObject *leases)
 static PyObject *fast_wait(PyObject *module, PyObject *args)
 {
     int epoll;
-    double timeout, longest, pause;
+    double timeout, longest;
     PyObject *leases;
-    if (!PyArg_ParseTuple(args, "idddO!:wait", &epoll, &timeout, &longest, &pause, &PyList_Type, &leases))
+    if (!PyArg_ParseTuple(args, "iddO!:wait", &epoll, &timeout, &longest, &PyList_Type, &leases))
         return NULL;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++)
         if (!Py_IS_TYPE(PyList_GET_ITEM(leases, i), &LeaseType)) {
@@ -157,8 +157,6 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
         double left = until - seconds();
         if (left < 0 && looks)
             break; /* not before there was one look: with no time at all there may be events */
-        if (left > pause)
-            left = pause;
         int count;
         Py_BEGIN_ALLOW_THREADS
         count = epoll_wait(epoll, events, MOST_EVENTS, left > 0 ? (int)ceil(left * 1000) : 0);

@@ -51,7 +51,7 @@ typedef struct {
     int first, last;
     int nowhere; /* /dev/null */
     unsigned char *heads; /* what frames begin with, in pages of their own */
-    unsigned int next_head;
+    int next_head;
 } Pages;
 
 /* A sequenced frame that was sent and not acknowledged. */
@@ -175,6 +175,7 @@ int pages_can_store(const Pages *pages);
 Py_ssize_t pages_store(Pages *pages, Py_ssize_t length);
 int pages_open(Pages *pages);
 unsigned char *pages_begin(Pages *pages, Py_ssize_t size);
+void pages_led(Pages *pages);
 int pages_drop(const Pages *pages, const Pipe *pipe, Py_ssize_t *length);
 int pages_copy(const Pipe *pipe, Py_ssize_t *length, Output *output);
 int pages_unstore(Pages *pages, Py_ssize_t *length, Output *output);

@@ -33,6 +33,7 @@ int send_pages(Lease *lease, Stream *stream, Py_ssize_t most)
     if (!length)
         return 1;
     lead(lease, stream, length, head);
+    pages_led(pages);
     Sent *sent = keep_data(lease, stream, length);
     sent->stored = length;
     sent->useless = useless + size;

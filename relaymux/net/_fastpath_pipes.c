@@ -88,12 +88,12 @@ static Py_ssize_t oldest(Pages *pages)
  * anybody reads them.  NULL, without an exception: it does not.
  *
  * They are not copied either.  So nobody is to write there again until they are read at the far end: not before
- * the frame is acknowledged, and MOST_SENT of a lease are not, at most.  What another lease has left somewhere has
- * a page of its own, see pages_open().
+ * the frame is acknowledged, and MOST_SENT of a lease are not, at most.  So each frame that leaves has a place of
+ * its own, see pages_led(), and what another lease has left somewhere a page of its own, see pages_open().
  */
 unsigned char *pages_begin(Pages *pages, Py_ssize_t size)
 {
-    unsigned char *head = pages->heads + HEAD * (pages->next_head++ % HEADS);
+    unsigned char *head = pages->heads + HEAD * pages->next_head;
     struct iovec one = {.iov_base = head, .iov_len = size};
     ssize_t count;
     *head = 0; /* so that it is the page that is written to later, and not one that is shared until then */
@@ -103,12 +103,20 @@ unsigned char *pages_begin(Pages *pages, Py_ssize_t size)
     return count == size ? head : NULL;
 }
 
-/* Begin with a lease. */
+/* A frame leaves with what it begins with. */
+void pages_led(Pages *pages)
+{
+    pages->next_head = (pages->next_head + 1) % HEADS;
+}
+
+/* Begin with a lease: 0, or -1 with `errno`. */
 int pages_open(Pages *pages)
 {
+    if (madvise(pages->heads, HEAD * HEADS, MADV_DONTNEED)) /* who has it keeps it; here is a new one */
+        return -1;
     pages->is_lent = 1;
     pages->was_full = 0;
-    return madvise(pages->heads, HEAD * HEADS, MADV_DONTNEED); /* who has it keeps it; here is a new one */
+    return 0;
 }
 
 /* Whether whatever is in `out` can be stored. */
@@ -243,23 +251,29 @@ static int open_pipe(Pipe *pipe)
     return size == PIPE_SIZE ? 0 : -1;
 }
 
-/* Whether bytes come through: 0, or -1 with `errno`. */
+/* Whether bytes come through, also what is written to a page that is on its way: 0, or -1 with `errno`. */
 static int try_pages(Pages *pages)
 {
     int ends[2], error = 0;
-    char byte = 1;
+    char bytes[2] = {2, 0};
+    unsigned char *head;
+    if (madvise(pages->heads, HEAD * HEADS, MADV_DONTNEED))
+        return -1;
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends))
         return -1;
-    int done = pages_begin(pages, 1) && send(ends[0], &byte, 1, MSG_NOSIGNAL) == 1 &&
-               pass(ends[1], pages->out.write, 1) == 1 &&
+    int done = (head = pages_begin(pages, 1)) && send(ends[0], bytes, 1, MSG_NOSIGNAL) == 1 &&
+               pass(ends[1], pages->out.write, 1) == 1 && (*head = 1) &&
                tee(pages->out.read, pages->in.write, 2, SPLICE_F_NONBLOCK) == 2 &&
-               pass(pages->out.read, ends[1], 2) == 2 && pass(pages->in.read, pages->nowhere, 2) == 2;
+               pass(pages->out.read, ends[1], 2) == 2 && pass(pages->in.read, pages->nowhere, 2) == 2 &&
+               recv(ends[0], bytes, 2, 0) == 2;
     if (!done)
         error = errno;
+    else if (bytes[0] != 1 || bytes[1] != 2)
+        error = ENOTSUP;
     close(ends[0]);
     close(ends[1]);
     errno = error;
-    return done ? 0 : -1;
+    return error ? -1 : 0;
 }
 
 static PyObject *pages_new(PyTypeObject *type, PyObject *args, PyObject *keywords)

@@ -188,14 +188,11 @@ class Lease:
             input ended; why it takes no more.
         """
 
-def wait(
-    epoll: int, timeout: float, longest: float, pause: float, leases: list[Lease]
-) -> list[tuple[int, int]]:
+def wait(epoll: int, timeout: float, longest: float, leases: list[Lease]) -> list[tuple[int, int]]:
     """
     Carry bytes until something happens that is not for one of C{leases}.
 
     @param timeout: seconds at most, or negative.
     @param longest: the same, not negative.
-    @param pause: seconds in which nothing happens after which it returns, too.
     @return: what happened: descriptors and events, as of C{epoll.poll}.
     """

@@ -38,15 +38,12 @@ __all__ = ["FastPath", "lease_of"]
 
 _log: Final = Logger("relaymux.link")
 
-#: Seconds for which a lease lasts at most, and after which it ends if nothing happens.  What is decided
-#: between two of them (the sizes of windows, who may be read) can wait so long, and a lease and its end cost
-#: some 20 microseconds.
+#: Seconds for which a lease lasts at most.  What is decided between two of them (the sizes of windows, who
+#: may be read) can wait so long, and a lease and its end cost some 20 microseconds.
 LEASE_SECONDS: Final = 0.01
 
-#: The former where pages are passed on: what is not delivered in the end is copied; and where they are passed
-#: on to the link as well, on a short line: so is what is not acknowledged.
+#: The same where pages are passed on: what is not delivered, or acknowledged, in the end is copied.
 PAGES_LEASE_SECONDS: Final = 0.02
-SENT_PAGES_LEASE_SECONDS: Final = 0.1
 
 #: Bytes to read of a link at once.  Without Python a turn costs little, and so few bytes are still in the
 #: second-level cache when they are written, and when the program reads them.
@@ -89,14 +86,12 @@ class _Way:
         transport: SocketTransport | TLSTransport,
         streams: dict[int, tuple[StreamTransport, SocketTransport]],
         pages: Any = None,
-        seconds: float = LEASE_SECONDS,
     ) -> None:
         self.lease = lease
         self.link = link
         self.transport = transport
         self.streams = streams
         self.pages = pages
-        self.seconds = seconds
         # What it came to.
         self.events: list[Event] = []
         self.read_ends: list[tuple[SocketTransport, int]] = []
@@ -229,8 +224,8 @@ class FastPath:
                     ways.append(refused.pop())
             if ways:
                 assert native is not None
-                longest = min(way.seconds for way in ways)
-                happened = native.wait(epoll, timeout, longest, LEASE_SECONDS, [way.lease for way in ways])
+                longest = min(LEASE_SECONDS if way.pages is None else PAGES_LEASE_SECONDS for way in ways)
+                happened = native.wait(epoll, timeout, longest, [way.lease for way in ways])
         finally:
             carried = self._settle(ways + refused)
             self.carried += carried
@@ -297,13 +292,10 @@ class FastPath:
             return _Way(lease, link, transport, members)
         can_pass = all(local.is_local for _, local in members.values())
         pages = self._pages_for(link) if can_pass else None
-        if pages is None:
-            return _Way(lease, link, transport, members)
-        assert isinstance(transport, SocketTransport)
-        sends = sends_pages(transport, session)
-        lease.pass_on(pages, PAGES_LINK_TURN, sends)
-        seconds = SENT_PAGES_LEASE_SECONDS if sends else PAGES_LEASE_SECONDS
-        return _Way(lease, link, transport, members, pages, seconds)
+        if pages is not None:
+            assert isinstance(transport, SocketTransport)
+            lease.pass_on(pages, PAGES_LINK_TURN, sends_pages(transport, session))
+        return _Way(lease, link, transport, members, pages)
 
     def _pages_for(self, link: LinkProtocol) -> Any:
         """@return: what a lease of C{link} is to pass pages on by, if it is to."""
