@@ -202,13 +202,13 @@ class LeaseTestCase(SynchronousTestCase):
         if keys is not None:
             lease.encrypt(keys.sealer, keys.opener, ciphers or BufferPool(CIPHER_BUFFER_SIZE), InvalidTag)
         if self.pages is not None:
-            lease.pass_on(self.pages, 1 << 19, True)
+            lease.pass_on(self.pages, 1 << 19, ack_bytes, True)
         self.assertTrue(lease.add(3, self.local.fileno(), True, writes, queued, (0, credit, 0), window))
         return lease
 
-    def wait(self, lease: Any, seconds: float = 0.05) -> list[tuple[int, int]]:
+    def wait(self, lease: Any, seconds: float = 0.05, ack_delay: float = 60.0) -> list[tuple[int, int]]:
         assert native is not None
-        return list(native.wait(self.epoll.fileno(), -1.0, seconds, [lease]))
+        return list(native.wait(self.epoll.fileno(), -1.0, seconds, ack_delay, [lease]))
 
     def left(self, settled: Any) -> bytes:
         """What a lease has left to Python: of what was received, and what still is to be."""
@@ -238,7 +238,8 @@ class LeaseTests(LeaseTestCase):
         self.assertEqual(self.wait(lease), [])
         sent = parse(self.peer.recv(9000))
         self.assertEqual(b"".join(payload for _, _, payload in sent), content(3000)[:2500])
-        self.assertEqual(lease.settle()[8][0][2:4], (2500, 0))
+        stream = lease.settle()[8][0]
+        self.assertEqual((stream[2:4], stream[10]), ((2500, 0), 1500), "credit, and the longest frame")
 
     def test_others_wait_for_the_socket(self) -> None:
         """Python may wait until the socket takes what it has queued: it is told, whatever happened here."""
@@ -264,7 +265,9 @@ class LeaseTests(LeaseTestCase):
 
         def talk() -> None:
             self.peer.send(data_header(3, received) + content(received))
-            select.select([self.program], [], [], 10.0)
+            poll = select.poll()
+            poll.register(self.program, select.POLLIN)
+            poll.poll(10_000)
             self.program.send(b"now")
             self.program.shutdown(socket.SHUT_WR)  # which ends the lease
 
@@ -274,6 +277,28 @@ class LeaseTests(LeaseTestCase):
         self.assertEqual(self.wait(lease, 10.0), [])
         talker.join()
         return parse(self.peer.recv(100)), lease.settle()[3]
+
+    def test_late_ack(self) -> None:
+        """What is worth no ACK is acknowledged all the same, once, while a lease lasts."""
+        self.peer.send(data_header(3, 100) + content(100))
+        lease = self.lease(0, window=(0, 0, 1 << 22, 1 << 22, 1 << 20))
+
+        def talk() -> None:
+            said = self.peer.recv(100)
+            time.sleep(0.05)
+            self.peer.send(data_header(3, 100) + content(100))
+            said += self.peer.recv(100)
+            heard.append(said)
+            self.peer.shutdown(socket.SHUT_WR)
+
+        heard: list[bytes] = []
+        self.peer.settimeout(10.0)
+        talker = threading.Thread(target=talk)
+        talker.start()
+        self.wait(lease, 10.0, 0.01)
+        talker.join()
+        self.assertEqual(parse(b"".join(heard)), [(Kind.ACK, 0, u64(112)), (Kind.ACK, 0, u64(224))])
+        self.assertEqual(lease.settle()[2:4], (224, 224))
 
     def test_ack_leads(self) -> None:
         """An ACK for a quarter of what is worth one leaves in front of the next frame, and not by itself."""
@@ -289,7 +314,7 @@ class LeaseTests(LeaseTestCase):
         self.program.send(b"now")
         lease = self.lease(1000)
         assert native is not None
-        self.assertEqual(native.wait(self.epoll.fileno(), 0.0, 0.05, [lease]), [])
+        self.assertEqual(native.wait(self.epoll.fileno(), 0.0, 0.05, 60.0, [lease]), [])
         self.assertEqual(self.peer.recv(100), data_header(3, 3) + b"now")
 
     def test_acknowledged_within_a_frame(self) -> None:

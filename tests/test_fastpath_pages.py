@@ -589,6 +589,7 @@ class ReceiveTests(PagesTestCase):
             total = len(data)
             self.assertEqual((settled[2], settled[8][0][4:6]), (total + 12 * frames, (total, total)))
             self.assertEqual((join(settled[6]), join(settled[8][0][7])), (b"", b""))
+            self.assertEqual(settled[8][0][10], length, "the longest frame")
             self.peer.setblocking(False)
             drain(self.peer)  # what was answered
             self.blocking(self.peer)
@@ -726,22 +727,22 @@ class OwnerTests(PagesTestCase):
         """Another lease cannot have them until that one is settled, nor one that encrypts, or has some."""
         lease = self.lease(1000)
         other = self.lease_without()
-        self.assertRaises(RuntimeError, other.pass_on, self.pages, 1, True)
+        self.assertRaises(RuntimeError, other.pass_on, self.pages, 1, 1, True)
         lease.settle()
-        other.pass_on(self.pages, 1, True)
+        other.pass_on(self.pages, 1, 1, True)
         assert native is not None
-        self.assertRaises(RuntimeError, other.pass_on, native.Pages(), 1, True)
-        self.assertRaises(TypeError, other.pass_on, object(), 1, True)
+        self.assertRaises(RuntimeError, other.pass_on, native.Pages(), 1, 1, True)
+        self.assertRaises(TypeError, other.pass_on, object(), 1, 1, True)
         keys = copied.Records(1, 2)
         wanted = (keys.sealer, keys.opener, keys.pool, InvalidTag)
         self.assertRaises(RuntimeError, other.encrypt, *wanted)
         self.pages = None
         encrypted = self.lease(1000, keys=keys)
-        self.assertRaises(RuntimeError, encrypted.pass_on, native.Pages(), 1, True)
+        self.assertRaises(RuntimeError, encrypted.pass_on, native.Pages(), 1, 1, True)
 
     def test_turn(self) -> None:
         """A turn in which nothing can be read would be one after the other."""
-        self.assertRaises(ValueError, self.lease_without().pass_on, self.pages, 0, True)
+        self.assertRaises(ValueError, self.lease_without().pass_on, self.pages, 0, 1, True)
 
     def test_no_memory(self) -> None:
         """What could not be settled for want of memory is not settled in part by another try."""
@@ -784,7 +785,7 @@ class OwnerTests(PagesTestCase):
         self.assertEqual(len(own), 13)
         self.assertFalse(any(map(os.get_inheritable, own)))
         lease = self.lease_without()
-        lease.pass_on(made, 1, True)
+        lease.pass_on(made, 1, 1, True)
         del made
         self.assertEqual(open_files() - before, own)
         del lease

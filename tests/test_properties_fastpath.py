@@ -163,7 +163,7 @@ class Side(Core):
         )
         session = self.session
         assert not read_end and not write_end
-        for stream_id, out, limit, delivered, received, consumed, granted, untaken, read, write in streams:
+        for stream_id, out, limit, delivered, received, consumed, granted, untaken, read, write, _ in streams:
             session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, self.now)
             assert not read and not write
             self.queues[stream_id] += untaken
@@ -353,7 +353,7 @@ class PassedOn(Plain):
         self._pages = native.Pages()
 
     def use(self, lease: Any) -> None:
-        lease.pass_on(self._pages, 1 << 17, True)
+        lease.pass_on(self._pages, 1 << 17, 1 << 13, True)
 
 
 class WaitTests(FastPathTestCase):
@@ -535,7 +535,7 @@ class WaitTests(FastPathTestCase):
                     (window.received, window.consumed, window.granted, window.size, window.size // 4),
                 )
             if lease.feed(side.link.suspend()):
-                happened = native.wait(epoll.fileno(), 0.002, 0.002, [lease])  # type: ignore[union-attr]
+                happened = native.wait(epoll.fileno(), 0.002, 0.002, 60.0, [lease])  # type: ignore[union-attr]
                 waiting = side.settle(lease)
                 if any(descriptor == link.fileno() for descriptor, _ in happened):
                     read_link()

@@ -257,6 +257,11 @@ class Link:
             self._ack_at = now + ACK_SECONDS
         return []
 
+    def acknowledge(self) -> None:
+        """Have what was received acknowledged with the next L{data_to_send}."""
+        session = self.session
+        self._ack_now = session is not None and session.rx_next > session.rx_acknowledged
+
     @property
     def max_payload(self) -> int:
         """Bytes that a DATA frame of the peer may have."""

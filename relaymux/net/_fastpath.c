@@ -68,6 +68,14 @@ static int any_over(PyObject *leases)
     return 0;
 }
 
+static int say_late_acks(PyObject *leases)
+{
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++)
+        if (say_late_ack((Lease *)PyList_GET_ITEM(leases, i)))
+            return -1;
+    return 0;
+}
+
 /* Have epoll watch what Python's reactor believes that it watches. */
 static void restore(PyObject *leases)
 {
@@ -138,9 +146,9 @@ static int begin_carrying(PyObject *leases)
 static PyObject *fast_wait(PyObject *module, PyObject *args)
 {
     int epoll;
-    double timeout, longest;
+    double timeout, longest, ack_delay;
     PyObject *leases;
-    if (!PyArg_ParseTuple(args, "iddO!:wait", &epoll, &timeout, &longest, &PyList_Type, &leases))
+    if (!PyArg_ParseTuple(args, "idddO!:wait", &epoll, &timeout, &longest, &ack_delay, &PyList_Type, &leases))
         return NULL;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++)
         if (!Py_IS_TYPE(PyList_GET_ITEM(leases, i), &LeaseType)) {
@@ -150,13 +158,15 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
     PyObject *others = PyList_New(0);
     if (!others)
         return NULL;
-    double until = seconds() + (timeout >= 0 && timeout < longest ? timeout : longest);
+    double now = seconds(), until = now + (timeout >= 0 && timeout < longest ? timeout : longest);
+    double remind = now + ack_delay;
     int failed = 0;
     for (int looks = 0; !failed && !PyList_GET_SIZE(others) && !any_over(leases); looks = 1) {
         struct epoll_event events[MOST_EVENTS];
-        double left = until - seconds();
-        if (left < 0 && looks)
+        now = seconds();
+        if (now > until && looks)
             break; /* not before there was one look: with no time at all there may be events */
+        double left = (until < remind ? until : remind) - now;
         int count;
         Py_BEGIN_ALLOW_THREADS
         count = epoll_wait(epoll, events, MOST_EVENTS, left > 0 ? (int)ceil(left * 1000) : 0);
@@ -167,7 +177,7 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
             failed = errno != EINTR || PyErr_CheckSignals();
             break;
         }
-        if (!count)
+        if (!count && remind > until)
             break;
         if (begin_carrying(leases)) {
             failed = 1;
@@ -181,6 +191,10 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
                 Py_XDECREF(event);
             }
             failed = done < 0;
+        }
+        if (!failed && (now = seconds()) >= remind) {
+            remind = now + ack_delay;
+            failed = say_late_acks(leases);
         }
         end_carrying(leases);
     }

@@ -75,6 +75,7 @@ typedef struct {
     /* What its socket took, and the credit for it. */
     uint64_t received, consumed, granted, size, step, received_before, consumed_before;
     int credit_due;
+    uint64_t most; /* bytes of the longest frame, either way */
     /* How its socket has ended for reading (-1 or an error), and for writing (an error). */
     int read_end, write_end;
     Pieces untaken; /* payload that its socket is to take, or does not */
@@ -120,6 +121,7 @@ typedef struct {
     int write_end;
     /* What is received. */
     uint64_t rx_next, rx_acknowledged, ack_bytes;
+    uint64_t rx_reminded; /* of which the peer knew when it was time to look whether an ACK is late */
     uint32_t max_payload;
     unsigned char header[HEADER];
     int header_length, kind;
@@ -152,6 +154,7 @@ Py_ssize_t lead_length(const Lease *lease);
 void lead(Lease *lease, const Stream *stream, Py_ssize_t length, unsigned char *at);
 int from_local(Lease *lease, Stream *stream);
 int go_on(Lease *lease);
+int say_late_ack(Lease *lease);
 int link_takes(Lease *lease);
 
 /* _fastpath_receive.c */

@@ -63,6 +63,7 @@ static PyObject *lease_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     lease->link_turn = link_turn < MOST_TURN ? link_turn : MOST_TURN;
     lease->rx_next = rx_next;
     lease->rx_acknowledged = rx_acknowledged;
+    lease->rx_reminded = UINT64_MAX; /* what had arrived before is no older than the lease */
     lease->ack_bytes = ack_bytes;
     lease->max_payload = max_payload;
     lease->places = places < 0 ? 0 : places > MOST_STREAMS ? MOST_STREAMS : places;
@@ -106,8 +107,9 @@ static PyObject *lease_pass_on(Lease *lease, PyObject *args)
 {
     Pages *pages;
     Py_ssize_t link_turn;
+    unsigned long long ack_bytes;
     int sends;
-    if (!PyArg_ParseTuple(args, "O!np:pass_on", &PagesType, &pages, &link_turn, &sends))
+    if (!PyArg_ParseTuple(args, "O!nKp:pass_on", &PagesType, &pages, &link_turn, &ack_bytes, &sends))
         return NULL;
     if (link_turn < 1) {
         PyErr_SetString(PyExc_ValueError, "nothing can be read in such a turn");
@@ -124,6 +126,7 @@ static PyObject *lease_pass_on(Lease *lease, PyObject *args)
     lease->sends_pages = sends;
     lease->pages = (Pages *)Py_NewRef(pages);
     lease->link_turn = link_turn;
+    lease->ack_bytes = ack_bytes;
     Py_RETURN_NONE;
 }
 
@@ -237,11 +240,12 @@ static PyObject *stream_result(Lease *lease, const Stream *stream)
         Py_DECREF(untaken);
         return NULL;
     }
-    return Py_BuildValue("(IKKKKKKNii)", stream->id, (unsigned long long)(stream->sent - stream->sent_before),
+    return Py_BuildValue("(IKKKKKKNiiK)", stream->id, (unsigned long long)(stream->sent - stream->sent_before),
                          (unsigned long long)stream->limit, (unsigned long long)stream->delivered,
                          (unsigned long long)(stream->received - stream->received_before),
                          (unsigned long long)(stream->consumed - stream->consumed_before),
-                         (unsigned long long)stream->granted, untaken, stream->read_end, stream->write_end);
+                         (unsigned long long)stream->granted, untaken, stream->read_end, stream->write_end,
+                         (unsigned long long)stream->most);
 }
 
 /* Append what is stored of a frame.  -1 with an exception. */

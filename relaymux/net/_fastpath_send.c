@@ -174,6 +174,8 @@ Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length)
     sent->head_length = HEADER;
     put_header(sent->head, DATA, stream->id, length);
     stream->sent += length;
+    if ((uint64_t)length > stream->most)
+        stream->most = length;
     lease->carried += length;
     return sent;
 }
@@ -249,6 +251,21 @@ int go_on(Lease *lease)
         if (lease->streams[i].held && lease->streams[i].sent < lease->streams[i].limit)
             release(lease, &lease->streams[i]);
     return 0;
+}
+
+/*
+ * To be called now and then: say ACK if the one for what had arrived when it was called last was not worthwhile
+ * until now.  -1 with an exception.
+ */
+int say_late_ack(Lease *lease)
+{
+    int is_late = lease->rx_next > lease->rx_acknowledged && lease->rx_acknowledged == lease->rx_reminded;
+    lease->rx_reminded = lease->rx_acknowledged;
+    if (!is_late || lease->blocked || lease->over)
+        return 0;
+    Pieces frames = {.count = 0};
+    append(&frames, NULL, (char *)lease->lead, put_ack(lease, lease->lead));
+    return say(lease, &frames);
 }
 
 /* The link takes something again.  -1 with an exception. */

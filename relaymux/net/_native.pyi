@@ -119,11 +119,12 @@ class Lease:
         @param pool: for encrypted bytes; not the one for plain ones.
         @param wrong_tag: as of L{Opener.open}.
         """
-    def pass_on(self, pages: Pages, turn: int, sends: bool) -> None:
+    def pass_on(self, pages: Pages, turn: int, ack_bytes: int, sends: bool) -> None:
         """
         Pass pages on by C{pages}, from the link to local sockets; it is one without TLS.
 
         @param turn: bytes to read of the link at once, instead of what it was made with.
+        @param ack_bytes: bytes that are worth an ACK, likewise.
         @param sends: whether to pass them on from local sockets to the link as well.
         """
     def add(
@@ -168,7 +169,7 @@ class Lease:
         list[Buffer],
         list[memoryview],
         int,
-        list[tuple[int, int, int, int, int, int, int, list[Buffer], int, int]],
+        list[tuple[int, int, int, int, int, int, int, list[Buffer], int, int, int]],
         int,
         int,
         tuple[bool, tuple[int, int, bytes | None, list[memoryview]] | None],
@@ -185,14 +186,17 @@ class Lease:
             lease: alert, kind and content as of L{Opener.open}, and what has arrived behind it.  A stream
             is its id; bytes sent; the credit for all; how many of all were delivered; bytes received, and
             consumed; the credit for all; what its socket has not taken; how its
-            input ended; why it takes no more.
+            input ended; why it takes no more; bytes of its longest frame, either way.
         """
 
-def wait(epoll: int, timeout: float, longest: float, leases: list[Lease]) -> list[tuple[int, int]]:
+def wait(
+    epoll: int, timeout: float, longest: float, ack_delay: float, leases: list[Lease]
+) -> list[tuple[int, int]]:
     """
     Carry bytes until something happens that is not for one of C{leases}.
 
     @param timeout: seconds at most, or negative.
     @param longest: the same, not negative.
+    @param ack_delay: seconds for which an ACK waits until it is worthwhile, or up to twice as long.
     @return: what happened: descriptors and events, as of C{epoll.poll}.
     """

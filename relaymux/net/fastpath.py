@@ -19,7 +19,7 @@ from typing import Any, Final
 from twisted.logger import Logger
 
 from relaymux.core.events import Event
-from relaymux.core.link import Link
+from relaymux.core.link import ACK_SECONDS, Link
 from relaymux.core.replay import FRAME_COST
 from relaymux.core.session import Session
 from relaymux.core.window import GRANT_SHARE
@@ -42,8 +42,10 @@ _log: Final = Logger("relaymux.link")
 #: may be read) can wait so long, and a lease and its end cost some 20 microseconds.
 LEASE_SECONDS: Final = 0.01
 
-#: The same where pages are passed on: what is not delivered, or acknowledged, in the end is copied.
+#: The same where pages are passed on: what is not delivered in the end is copied; and where they are passed
+#: on to the link as well, on a short line: so is what is not acknowledged.
 PAGES_LEASE_SECONDS: Final = 0.02
+SENT_PAGES_LEASE_SECONDS: Final = 0.1
 
 #: Bytes to read of a link at once.  Without Python a turn costs little, and so few bytes are still in the
 #: second-level cache when they are written, and when the program reads them.
@@ -57,6 +59,10 @@ PAGES_LINK_TURN: Final = 512 * 1024
 
 #: How many times as many bytes as else an ACK is for: each one wakes the other daemon.
 ACK_FACTOR: Final = 2
+
+#: The same where pages are passed on.  With L{relaymux.core.outbox.ACK_SHARE} that is half of what the peer
+#: keeps, at most.
+PAGES_ACK_FACTOR: Final = 4
 
 #: Seconds of a round trip within one site, and the share of a window for which credit waits there.
 SHORT_LINE: Final = 0.001
@@ -86,12 +92,14 @@ class _Way:
         transport: SocketTransport | TLSTransport,
         streams: dict[int, tuple[StreamTransport, SocketTransport]],
         pages: Any = None,
+        seconds: float = LEASE_SECONDS,
     ) -> None:
         self.lease = lease
         self.link = link
         self.transport = transport
         self.streams = streams
         self.pages = pages
+        self.seconds = seconds
         # What it came to.
         self.events: list[Event] = []
         self.read_ends: list[tuple[SocketTransport, int]] = []
@@ -224,8 +232,9 @@ class FastPath:
                     ways.append(refused.pop())
             if ways:
                 assert native is not None
-                longest = min(LEASE_SECONDS if way.pages is None else PAGES_LEASE_SECONDS for way in ways)
-                happened = native.wait(epoll, timeout, longest, [way.lease for way in ways])
+                longest = min(way.seconds for way in ways)
+                leases = [way.lease for way in ways]
+                happened = native.wait(epoll, timeout, longest, ACK_SECONDS, leases)
         finally:
             carried = self._settle(ways + refused)
             self.carried += carried
@@ -292,10 +301,13 @@ class FastPath:
             return _Way(lease, link, transport, members)
         can_pass = all(local.is_local for _, local in members.values())
         pages = self._pages_for(link) if can_pass else None
-        if pages is not None:
-            assert isinstance(transport, SocketTransport)
-            lease.pass_on(pages, PAGES_LINK_TURN, sends_pages(transport, session))
-        return _Way(lease, link, transport, members, pages)
+        if pages is None:
+            return _Way(lease, link, transport, members)
+        assert isinstance(transport, SocketTransport)
+        sends = sends_pages(transport, session)
+        lease.pass_on(pages, PAGES_LINK_TURN, PAGES_ACK_FACTOR * session.ack_bytes, sends)
+        seconds = SENT_PAGES_LEASE_SECONDS if sends else PAGES_LEASE_SECONDS
+        return _Way(lease, link, transport, members, pages, seconds)
 
     def _pages_for(self, link: LinkProtocol) -> Any:
         """@return: what a lease of C{link} is to pass pages on by, if it is to."""
@@ -341,7 +353,7 @@ class FastPath:
         for local, read_end in way.read_ends:
             local.take_back((), read_end)
         way.transport.go_on()
-        way.link.carried(way.events)
+        way.link.carried(way.events, much=way.carried >= WORTHWHILE)
         way.transport.take_back(way.left, way.read_end)
 
     def _take(self, way: _Way, now: float) -> None:
@@ -357,17 +369,17 @@ class FastPath:
         link = way.link
         session = link.link.session
         assert session is not None
-        for stream_id, out, limit, delivered, received, consumed, granted, _, _, _ in streams:
+        for stream_id, out, limit, delivered, received, consumed, granted, _, _, _, _ in streams:
             session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, now)
         way.events = link.link.carried(sent, end, acknowledged, rx_next, told, now)
         # Before anybody can have something to say: what is left of a frame comes first.
         way.transport.take_over(unsent, write_end)
         if isinstance(way.transport, TLSTransport):
             way.transport.take_back_keys(*keys)
-        for stream_id, out, _, _, _, consumed, _, untaken, read, write in streams:
+        for stream_id, out, _, _, _, consumed, _, untaken, read, write, most in streams:
             stream, local = way.streams[stream_id]
             assert stream.carrier is not None
-            stream.carrier.carried(out, consumed)
+            stream.carrier.carried(out, consumed, most)
             local.take_over(untaken, write)
             if read:
                 way.read_ends.append((local, read))

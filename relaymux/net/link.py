@@ -248,10 +248,17 @@ class LinkProtocol:
             return None
         return lender if lender.is_read and lender.is_written and self.link.at_rest else None
 
-    def carried(self, events: Sequence[Event]) -> None:
-        """The fast path has done what we would have; C{events} came of it."""
+    def carried(self, events: Sequence[Event], *, much: bool) -> None:
+        """
+        The fast path has done what we would have; C{events} came of it.
+
+        @param much: whether that was so much that an ACK more does not matter, while the timer for one
+            would soon interrupt the fast path.
+        """
         for event in events:
             self._happened(event)
+        if much:
+            self.link.acknowledge()
         self.flush()
         self._schedule()
 
