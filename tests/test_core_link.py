@@ -24,6 +24,7 @@ from tests.wire import (
     HELLO,
     INSTANCE,
     LIMITS,
+    OPEN,
     OPENED,
     PING,
     PONG,
@@ -274,6 +275,33 @@ class LivenessTests(SynchronousTestCase):
             self.assertTrue(core.link.has_something)
             self.assertEqual([kind for kind, _, _ in core.say()], [ACK] if speaks else [ACK, CLOSED])
             self.assertFalse(core.link.has_something)
+
+    def test_last_closed(self) -> None:
+        """Who opened a stream may let the last CLOSED wait; the other side has the place to give back."""
+        near = Core(dialing=True).shake(replay=1 << 30)
+        far = Core().shake(replay=1 << 30).opened_by_peer()
+        self.assertEqual(near.session.open_stream("vda"), 1)
+        near.say()
+        near.hear(frame(OPENED, 1))
+        for core, waits in ((near, True), (far, False)):
+            core.session.finish(1)
+            self.assertEqual([kind for kind, _, _ in core.say()], [FIN])
+            core.hear(frame(CLOSED, 1, u16(0) + u64(0)) + frame(FIN, 1, u64(0)))
+            self.assertEqual(core.session.streams, {})
+            self.assertEqual(core.link.has_something, not waits)
+        self.assertEqual(near.session.open_stream("vda"), 3)
+        self.assertEqual([kind for kind, _, _ in near.say()], [CLOSED, OPEN])
+
+    def test_closed_beside_bulk(self) -> None:
+        """No fast path keeps CLOSED waiting: without an ACK that it could leave with it leaves by itself."""
+        core = Core().shake(replay=1 << 30).opened_by_peer()
+        core.hear(frame(FIN, 1, u64(0)))
+        self.assertTrue(core.link.at_rest)
+        session = core.session
+        told, arrived = session.rx_next, session.rx_next + 1000
+        core.link.carried([], session.replay.end, session.replay.acknowledged, arrived, told, core.now)
+        self.assertTrue(core.link.has_something)
+        self.assertEqual([kind for kind, _, _ in core.say()], [CLOSED])
 
     def test_prompt_closed(self) -> None:
         """Nothing waits that the consumer or an error caused, nor what is to be sent over another link."""

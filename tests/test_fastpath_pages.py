@@ -589,7 +589,6 @@ class ReceiveTests(PagesTestCase):
             total = len(data)
             self.assertEqual((settled[2], settled[8][0][4:6]), (total + 12 * frames, (total, total)))
             self.assertEqual((join(settled[6]), join(settled[8][0][7])), (b"", b""))
-            self.assertEqual(settled[8][0][10], length, "the longest frame")
             self.peer.setblocking(False)
             drain(self.peer)  # what was answered
             self.blocking(self.peer)

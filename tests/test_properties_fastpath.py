@@ -163,7 +163,7 @@ class Side(Core):
         )
         session = self.session
         assert not read_end and not write_end
-        for stream_id, out, limit, delivered, received, consumed, granted, untaken, read, write, _ in streams:
+        for stream_id, out, limit, delivered, received, consumed, granted, untaken, read, write in streams:
             session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, self.now)
             assert not read and not write
             self.queues[stream_id] += untaken

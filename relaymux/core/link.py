@@ -253,7 +253,7 @@ class Link:
         except RemoteProtocolError as error:
             return [self._fault(error)]
         self._flight.arrived(acknowledged)
-        if self._ack_at is None and rx_next > told:
+        if self._ack_at is None and rx_next > told and not session.is_patient:
             self._ack_at = now + ACK_SECONDS
         return []
 

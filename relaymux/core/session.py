@@ -190,7 +190,7 @@ class Session(Speaker):
         (final_offset,) = _unpack(FIN, frame)
         wanted = stream.receive.receive_end(final_offset, clean=True)
         finished: list[Event] = [StreamFinished(frame.stream_id)] if wanted else []
-        return finished + self._end_receive(stream, ErrorCode.NO_ERROR, patient=True)
+        return finished + self._end_receive(stream, ErrorCode.NO_ERROR, clean=True)
 
     def _on_reset(self, frame: Frame) -> list[Event]:
         """C{u16 code, u64 final offset}"""

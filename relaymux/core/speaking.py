@@ -232,11 +232,12 @@ class Speaker(Outbox):
         stream.answered = True
         return stream
 
-    def _end_receive(self, stream: Stream, code: int, *, patient: bool = False) -> list[Event]:
+    def _end_receive(self, stream: Stream, code: int, *, clean: bool = False) -> list[Event]:
         """
         Say CLOSED if the receiving half has just ended.
 
-        @param patient: whether it may wait for something to leave with.
+        It may wait for something to leave with if that was C{clean} and nobody waits for it: the stream
+        goes on here; or it was opened here, so that the next OPEN, if it is for a place, comes behind it.
         """
         receive = stream.receive
         if receive.state is not ReceiveState.ENDED:
@@ -244,7 +245,8 @@ class Speaker(Outbox):
         receive.state = ReceiveState.CLOSED
         self._end_window(stream)
         self._credit_due.pop(stream.stream_id, None)
-        patient = patient and len(self._control) == self._patient
+        nobody_waits = stream.outgoing or stream.send.state in (SendState.OPEN, SendState.FINISHING)
+        patient = clean and nobody_waits and len(self._control) == self._patient
         self._queue(Kind.CLOSED, stream.stream_id, CLOSED.pack(code, receive.window.consumed))
         self._patient += patient
         return self._forget_if_closed(stream)

@@ -75,7 +75,6 @@ typedef struct {
     /* What its socket took, and the credit for it. */
     uint64_t received, consumed, granted, size, step, received_before, consumed_before;
     int credit_due;
-    uint64_t most; /* bytes of the longest frame, either way */
     /* How its socket has ended for reading (-1 or an error), and for writing (an error). */
     int read_end, write_end;
     Pieces untaken; /* payload that its socket is to take, or does not */

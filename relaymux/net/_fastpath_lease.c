@@ -240,12 +240,11 @@ static PyObject *stream_result(Lease *lease, const Stream *stream)
         Py_DECREF(untaken);
         return NULL;
     }
-    return Py_BuildValue("(IKKKKKKNiiK)", stream->id, (unsigned long long)(stream->sent - stream->sent_before),
+    return Py_BuildValue("(IKKKKKKNii)", stream->id, (unsigned long long)(stream->sent - stream->sent_before),
                          (unsigned long long)stream->limit, (unsigned long long)stream->delivered,
                          (unsigned long long)(stream->received - stream->received_before),
                          (unsigned long long)(stream->consumed - stream->consumed_before),
-                         (unsigned long long)stream->granted, untaken, stream->read_end, stream->write_end,
-                         (unsigned long long)stream->most);
+                         (unsigned long long)stream->granted, untaken, stream->read_end, stream->write_end);
 }
 
 /* Append what is stored of a frame.  -1 with an exception. */

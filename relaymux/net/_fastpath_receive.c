@@ -142,8 +142,6 @@ static int take_data(Lease *lease, Stream *stream)
     }
     Py_ssize_t length = lease->payload.length + lease->arriving;
     stream->received += length;
-    if ((uint64_t)length > stream->most)
-        stream->most = length;
     lease->rx_next += HEADER + length;
     lease->carried += length;
     for (int i = 0; i < lease->payload.count; i++) {

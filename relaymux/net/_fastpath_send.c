@@ -174,8 +174,6 @@ Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length)
     sent->head_length = HEADER;
     put_header(sent->head, DATA, stream->id, length);
     stream->sent += length;
-    if ((uint64_t)length > stream->most)
-        stream->most = length;
     lease->carried += length;
     return sent;
 }

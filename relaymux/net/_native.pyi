@@ -169,7 +169,7 @@ class Lease:
         list[Buffer],
         list[memoryview],
         int,
-        list[tuple[int, int, int, int, int, int, int, list[Buffer], int, int, int]],
+        list[tuple[int, int, int, int, int, int, int, list[Buffer], int, int]],
         int,
         int,
         tuple[bool, tuple[int, int, bytes | None, list[memoryview]] | None],
@@ -186,7 +186,7 @@ class Lease:
             lease: alert, kind and content as of L{Opener.open}, and what has arrived behind it.  A stream
             is its id; bytes sent; the credit for all; how many of all were delivered; bytes received, and
             consumed; the credit for all; what its socket has not taken; how its
-            input ended; why it takes no more; bytes of its longest frame, either way.
+            input ended; why it takes no more.
         """
 
 def wait(

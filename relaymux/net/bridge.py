@@ -254,12 +254,12 @@ class Bridge:
             self.local.transport if self.watcher is None and self._local_open and not self._given_up else None
         )
 
-    def carried(self, sent: int, received: int, most: int) -> None:
+    def carried(self, sent: int, received: int, at_once: int) -> None:
         """See L{Carrier.carried}."""
         self.sent += sent
         self.received += received
-        if most:  # nothing at all is no talk
-            self.local.transport.passed(most)
+        if sent or received:  # nothing at all is no talk
+            self.local.transport.passed(at_once)
 
     # From the local end.
 

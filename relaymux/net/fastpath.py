@@ -91,6 +91,7 @@ class _Way:
         link: LinkProtocol,
         transport: SocketTransport | TLSTransport,
         streams: dict[int, tuple[StreamTransport, SocketTransport]],
+        began: float,
         pages: Any = None,
         seconds: float = LEASE_SECONDS,
     ) -> None:
@@ -98,6 +99,7 @@ class _Way:
         self.link = link
         self.transport = transport
         self.streams = streams
+        self.began = began
         self.pages = pages
         self.seconds = seconds
         # What it came to.
@@ -234,7 +236,7 @@ class FastPath:
                 assert native is not None
                 longest = min(way.seconds for way in ways)
                 leases = [way.lease for way in ways]
-                happened = native.wait(epoll, timeout, longest, ACK_SECONDS, leases)
+                happened = native.wait(epoll, timeout, longest, ACK_SECONDS / 2, leases)
         finally:
             carried = self._settle(ways + refused)
             self.carried += carried
@@ -255,7 +257,7 @@ class FastPath:
 
     def _lease(self, link: LinkProtocol, epoll: int) -> _Way | None:
         """@return: a lease of C{link}, which is not fed yet, if there is something to carry."""
-        transport, streams = link.lend(), self._links[link]
+        transport, streams, now = link.lend(), self._links[link], self._reactor.seconds()
         session = link.link.session
         if transport is None or session is None or session is not streams.session:
             return None
@@ -298,16 +300,16 @@ class FastPath:
             return None
         if tls is not None:
             lease.encrypt(*tls.keys())
-            return _Way(lease, link, transport, members)
+            return _Way(lease, link, transport, members, now)
         can_pass = all(local.is_local for _, local in members.values())
         pages = self._pages_for(link) if can_pass else None
         if pages is None:
-            return _Way(lease, link, transport, members)
+            return _Way(lease, link, transport, members, now)
         assert isinstance(transport, SocketTransport)
         sends = sends_pages(transport, session)
         lease.pass_on(pages, PAGES_LINK_TURN, PAGES_ACK_FACTOR * session.ack_bytes, sends)
         seconds = SENT_PAGES_LEASE_SECONDS if sends else PAGES_LEASE_SECONDS
-        return _Way(lease, link, transport, members, pages, seconds)
+        return _Way(lease, link, transport, members, now, pages, seconds)
 
     def _pages_for(self, link: LinkProtocol) -> Any:
         """@return: what a lease of C{link} is to pass pages on by, if it is to."""
@@ -369,17 +371,19 @@ class FastPath:
         link = way.link
         session = link.link.session
         assert session is not None
-        for stream_id, out, limit, delivered, received, consumed, granted, _, _, _, _ in streams:
+        for stream_id, out, limit, delivered, received, consumed, granted, _, _, _ in streams:
             session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, now)
         way.events = link.link.carried(sent, end, acknowledged, rx_next, told, now)
+        # In a tenth of a second everybody says more than little: who talks is judged by a turn of a lease.
+        turn = LEASE_SECONDS / max(LEASE_SECONDS, now - way.began)
         # Before anybody can have something to say: what is left of a frame comes first.
         way.transport.take_over(unsent, write_end)
         if isinstance(way.transport, TLSTransport):
             way.transport.take_back_keys(*keys)
-        for stream_id, out, _, _, _, consumed, _, untaken, read, write, most in streams:
+        for stream_id, out, _, _, _, consumed, _, untaken, read, write in streams:
             stream, local = way.streams[stream_id]
             assert stream.carrier is not None
-            stream.carrier.carried(out, consumed, most)
+            stream.carrier.carried(out, consumed, int((out + consumed) * turn))
             local.take_over(untaken, write)
             if read:
                 way.read_ends.append((local, read))

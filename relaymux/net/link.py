@@ -257,7 +257,7 @@ class LinkProtocol:
         """
         for event in events:
             self._happened(event)
-        if much:
+        if much and not self._paused:
             self.link.acknowledge()
         self.flush()
         self._schedule()

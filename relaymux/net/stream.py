@@ -50,8 +50,8 @@ class Carrier(Contract):
     def lend(self) -> SocketTransport | None:
         """@return: the socket, if nobody has to see the bytes."""
 
-    def carried(self, sent: int, received: int, most: int) -> None:
-        """C{sent} bytes were read of the socket, and C{received} written to it; C{most} of either at once."""
+    def carried(self, sent: int, received: int, at_once: int) -> None:
+        """C{sent} bytes were read of the socket, and C{received} written to it; C{at_once} in one turn."""
 
 
 @implementer(IAddress)
