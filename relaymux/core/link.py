@@ -65,7 +65,6 @@ PINGS_PER_SILENCE: Final = 3
 #: of what matters to the peer's replay buffer, and long enough to gather.
 ACK_SECONDS: Final = 0.025
 
-
 #: The same if among them is a FIN, which CLOSED answers: until there is something to leave with it.  A
 #: program that connects again and again has the next thing to say in a tenth of that.
 CLOSED_SECONDS: Final = 0.005

@@ -82,9 +82,7 @@ class Outbox:
 
     @property
     def has_something(self) -> bool:
-        """
-        Whether a frame is to be sent now; it may have to wait for the peer's acknowledgement, too.
-        """
+        """Whether a frame is to be sent now; it may have to wait for the peer's acknowledgement, too."""
         urgent = len(self._control) > self._patient
         return bool(urgent or self._credit_due or self._turns or self._again)
 
