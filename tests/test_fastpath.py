@@ -936,7 +936,7 @@ class EndTests(FastPathTests):
 
         self.run_until(lease, "there was something to lease")
         ways[-1].lease.settle()  # so that the next time fails, as it would without memory
-        fast_path._settle(ways[-1:])
+        fast_path._settle(ways[-1:], self.reactor.seconds())
         self.run_until(lambda: not (self.near.open_streams or self.near.is_up), "the session was over")
         self.link()
         self.run_until(lambda: self.far.open_streams == 0, "the other end was told")

@@ -870,7 +870,7 @@ class BulkOverTCPTests(copied.BulkTests):
         def lease() -> bool:
             way = fast_path._lease(protocol, self.reactor._poller.fileno())
             if way is not None and way.pages is None:
-                fast_path._settle([way])
+                fast_path._settle([way], self.reactor.seconds())
                 return False
             ways.append(way)
             return way is not None
@@ -880,7 +880,7 @@ class BulkOverTCPTests(copied.BulkTests):
 
         self.run_until(lease, "there was something to lease")
         real, ways[-1].pages = ways[-1].pages, Full()
-        fast_path._settle(ways[-1:])
+        fast_path._settle(ways[-1:], self.reactor.seconds())
         fast_path._stock._idle.pop()
         fast_path._stock.give_back(real)
         taken = [fast_path._pages_for(protocol) for _ in range(COPIED_LEASES + 1)]

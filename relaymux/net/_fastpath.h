@@ -167,7 +167,7 @@ void deliver_all(Lease *lease);
 int from_link(Lease *lease);
 
 /* _fastpath_pages.c */
-int send_pages(Lease *lease, Stream *stream, Py_ssize_t most);
+int send_pages(Lease *lease, Stream *stream, Py_ssize_t most, unsigned char *head);
 int take_pages(Lease *lease, int *lost);
 
 /* _fastpath_pipes.c */

@@ -10,28 +10,23 @@
 #define CONTROL_TURN 512
 
 /*
- * Send up to `most` bytes of a local socket that stay where they are; the caller has asked whether they can be
- * stored.  1, or 0: it could not be done this way.  -1 with an exception.
+ * Send up to `most` bytes of a local socket that stay where they are, behind `head`, with which `out` begins; the
+ * caller has asked whether they can be stored.  -1 with an exception.
  */
-int send_pages(Lease *lease, Stream *stream, Py_ssize_t most)
+int send_pages(Lease *lease, Stream *stream, Py_ssize_t most, unsigned char *head)
 {
     Pages *pages = lease->pages;
     Py_ssize_t size = lead_length(lease);
-    unsigned char *head = pages_begin(pages, size);
-    if (!head)
-        return 0;
     Py_ssize_t length = pages_take(stream->fd, &pages->out, most, READ_AGAIN, &stream->read_end);
     if (stream->read_end)
         lease->over = 1;
-    Py_ssize_t useless = 0;
-    if (length)
-        useless = pages_store(pages, size + length);
-    if (useless < 0 || (!length && pages_drop(pages, &pages->out, &size))) {
+    Py_ssize_t useless = length ? pages_store(pages, size + length) : pages_drop(pages, &pages->out, &size);
+    if (useless < 0) {
         lease->lost = lease->over = 1;
         return -1;
     }
     if (!length)
-        return 1;
+        return 0;
     lead(lease, stream, length, head);
     pages_led(pages);
     Sent *sent = keep_data(lease, stream, length);
@@ -39,7 +34,7 @@ int send_pages(Lease *lease, Stream *stream, Py_ssize_t most)
     sent->useless = useless + size;
     lease->leaving = size + length;
     push(lease);
-    return 1;
+    return 0;
 }
 
 /* Read up to `length` bytes of the link.  Returns how many there were. */

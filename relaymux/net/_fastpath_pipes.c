@@ -109,10 +109,16 @@ void pages_led(Pages *pages)
     pages->next_head = (pages->next_head + 1) % HEADS;
 }
 
+/* A new page for what frames begin with; who has the old one keeps it.  0, or -1 with `errno`. */
+static int renew_heads(Pages *pages)
+{
+    return madvise(pages->heads, HEAD * HEADS, MADV_DONTNEED);
+}
+
 /* Begin with a lease: 0, or -1 with `errno`. */
 int pages_open(Pages *pages)
 {
-    if (madvise(pages->heads, HEAD * HEADS, MADV_DONTNEED)) /* who has it keeps it; here is a new one */
+    if (renew_heads(pages))
         return -1;
     pages->is_lent = 1;
     pages->was_full = 0;
@@ -257,9 +263,7 @@ static int try_pages(Pages *pages)
     int ends[2], error = 0;
     char bytes[2] = {2, 0};
     unsigned char *head;
-    if (madvise(pages->heads, HEAD * HEADS, MADV_DONTNEED))
-        return -1;
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends))
+    if (renew_heads(pages) || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends))
         return -1;
     int done = (head = pages_begin(pages, 1)) && send(ends[0], bytes, 1, MSG_NOSIGNAL) == 1 &&
                pass(ends[1], pages->out.write, 1) == 1 && (*head = 1) &&

@@ -232,12 +232,10 @@ int from_local(Lease *lease, Stream *stream)
     }
     if ((uint64_t)most > stream->limit - stream->sent)
         most = stream->limit - stream->sent;
-    int done = 0;
+    unsigned char *head = NULL;
     if (lease->sends_pages && pages_can_store(lease->pages))
-        done = send_pages(lease, stream, most);
-    if (done)
-        return done < 0 ? -1 : 0;
-    return send_pieces(lease, stream, most);
+        head = pages_begin(lease->pages, lead_length(lease));
+    return head ? send_pages(lease, stream, most, head) : send_pieces(lease, stream, most);
 }
 
 /* Say what is due, and have those watched again who may send.  -1 with an exception. */

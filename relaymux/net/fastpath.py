@@ -91,7 +91,6 @@ class _Way:
         link: LinkProtocol,
         transport: SocketTransport | TLSTransport,
         streams: dict[int, tuple[StreamTransport, SocketTransport]],
-        began: float,
         pages: Any = None,
         seconds: float = LEASE_SECONDS,
     ) -> None:
@@ -99,7 +98,6 @@ class _Way:
         self.link = link
         self.transport = transport
         self.streams = streams
-        self.began = began
         self.pages = pages
         self.seconds = seconds
         # What it came to.
@@ -238,7 +236,7 @@ class FastPath:
                 leases = [way.lease for way in ways]
                 happened = native.wait(epoll, timeout, longest, ACK_SECONDS / 2, leases)
         finally:
-            carried = self._settle(ways + refused)
+            carried = self._settle(ways + refused, now)
             self.carried += carried
             self._judge(bool(ways), carried)
         return happened
@@ -257,7 +255,7 @@ class FastPath:
 
     def _lease(self, link: LinkProtocol, epoll: int) -> _Way | None:
         """@return: a lease of C{link}, which is not fed yet, if there is something to carry."""
-        transport, streams, now = link.lend(), self._links[link], self._reactor.seconds()
+        transport, streams = link.lend(), self._links[link]
         session = link.link.session
         if transport is None or session is None or session is not streams.session:
             return None
@@ -300,16 +298,16 @@ class FastPath:
             return None
         if tls is not None:
             lease.encrypt(*tls.keys())
-            return _Way(lease, link, transport, members, now)
+            return _Way(lease, link, transport, members)
         can_pass = all(local.is_local for _, local in members.values())
         pages = self._pages_for(link) if can_pass else None
         if pages is None:
-            return _Way(lease, link, transport, members, now)
+            return _Way(lease, link, transport, members)
         assert isinstance(transport, SocketTransport)
         sends = sends_pages(transport, session)
         lease.pass_on(pages, PAGES_LINK_TURN, PAGES_ACK_FACTOR * session.ack_bytes, sends)
         seconds = SENT_PAGES_LEASE_SECONDS if sends else PAGES_LEASE_SECONDS
-        return _Way(lease, link, transport, members, now, pages, seconds)
+        return _Way(lease, link, transport, members, pages, seconds)
 
     def _pages_for(self, link: LinkProtocol) -> Any:
         """@return: what a lease of C{link} is to pass pages on by, if it is to."""
@@ -319,17 +317,20 @@ class FastPath:
         self._copying[link] = leases - 1
         return None
 
-    def _settle(self, ways: list[_Way]) -> int:
+    def _settle(self, ways: list[_Way], began: float) -> int:
         """
         Let everybody know what was carried: first what each of them is to know of itself, and
         then, as that may have any consequences, what is to be said to others.
 
+        @param began: seconds, when the leases began.
         @return: bytes that were.
         """
         now = self._reactor.seconds()
+        # In a tenth of a second everybody says more than little: who talks is judged by a turn of a lease.
+        turn = LEASE_SECONDS / max(LEASE_SECONDS, now - began)
         for way in ways:
             try:
-                self._take(way, now)
+                self._take(way, now, turn)
             except BaseException:
                 # Nobody knows any more what was said and heard: there is no memory.  (A panic of the cipher's
                 # is no Exception.)
@@ -358,8 +359,12 @@ class FastPath:
         way.link.carried(way.events, much=way.carried >= WORTHWHILE)
         way.transport.take_back(way.left, way.read_end)
 
-    def _take(self, way: _Way, now: float) -> None:
-        """Nothing that is called here calls anybody else."""
+    def _take(self, way: _Way, now: float, turn: float) -> None:
+        """
+        Nothing that is called here calls anybody else.
+
+        @param turn: the part of a lease that counts as one turn.
+        """
         end, acknowledged, rx_next, told, sent, unsent, left, read_end, streams, write_end, carried, keys = (
             way.lease.settle()
         )
@@ -374,8 +379,6 @@ class FastPath:
         for stream_id, out, limit, delivered, received, consumed, granted, _, _, _ in streams:
             session.carried_stream(stream_id, out, limit, delivered, received, consumed, granted, now)
         way.events = link.link.carried(sent, end, acknowledged, rx_next, told, now)
-        # In a tenth of a second everybody says more than little: who talks is judged by a turn of a lease.
-        turn = LEASE_SECONDS / max(LEASE_SECONDS, now - way.began)
         # Before anybody can have something to say: what is left of a frame comes first.
         way.transport.take_over(unsent, write_end)
         if isinstance(way.transport, TLSTransport):
