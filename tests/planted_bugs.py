@@ -222,7 +222,7 @@ BUGS = (
     Bug(
         "each stream's window may grow as the first one's",
         "core/growth.py",
-        "turn = TURN_SECONDS if self.grown >= FIRST_BYTES else FIRST_TURN_SECONDS",
+        "turn = self.turn if self.grown >= FIRST_BYTES else FIRST_TURN_SECONDS",
         "turn = FIRST_TURN_SECONDS",
         BUDGET,
     ),

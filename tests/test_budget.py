@@ -19,7 +19,7 @@ from relaymux.core.budget import (
 )
 from relaymux.core.events import DataReceived, HelloReceived, StreamCrowdedOut, StreamOpened, WelcomeReceived
 from relaymux.core.frames import Kind
-from relaymux.core.growth import FIRST_BYTES, TURN_SECONDS, Growth
+from relaymux.core.growth import FIRST_BYTES, PASSED_TURN_SECONDS, TURN_SECONDS, Growth
 from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import Link
 from relaymux.core.meter import GROW_WITHIN, TOO_LARGE, Fit, Meter
@@ -336,6 +336,16 @@ class GrowthTests(SynchronousTestCase):
             size = self.fit(sizes, ReceiveWindow(256 * KIB), rate)
             self.assertTrue(least <= size / (256 * KIB) <= most, (rate, size))
             self.assertEqual(sizes.grown, size - 256 * KIB)
+
+    def test_larger_where_pages_are_passed_on(self) -> None:
+        """Where nobody touches what is on its way, there may be more of it, for as long as that is so."""
+        sizes = Growth(Account(Budget(10**9)))
+        sizes.heard_round_trip(0.0001)
+        sizes.turn = PASSED_TURN_SECONDS
+        window = ReceiveWindow(256 * KIB)
+        self.assertEqual(self.fit(sizes, window, 1e9), 4 << 20)
+        sizes.turn = TURN_SECONDS
+        self.assertEqual(self.fit(sizes, ReceiveWindow(256 * KIB), 3e8), 256 * KIB)
 
     def test_first_growth_is_for_few(self) -> None:
         """What is allowed for waiting daemons is for a session, however many streams it has."""

@@ -23,6 +23,7 @@ from unittest import SkipTest
 from cryptography.exceptions import InvalidTag
 
 from relaymux.core.frames import Kind, data_header, encode
+from relaymux.core.growth import PASSED_TURN_SECONDS, TURN_SECONDS
 from relaymux.net import pages
 from relaymux.net.compiled import native
 from relaymux.net.families import tune_link
@@ -819,13 +820,36 @@ class OwnerTests(PagesTestCase):
 
 
 class BulkOverUNIXTests(copied.BulkTests):
-    """Bulk over a link of a UNIX socket."""
+    """Bulk over a link of a UNIX socket, whose pages are passed on to it, too."""
 
     tcp = False
 
     def assert_carried(self, least: int) -> None:
         super().assert_carried(least)
         self.assertTrue(self.reactor.fast_path._stock._idle, "it was passed on")
+
+    def test_windows(self) -> None:
+        """They may be larger where pages are passed on, and no longer when these are copied."""
+        self.link()
+        near, far = self.serve("ram", copied.BULK, b"")
+        far.pace = lambda: time.sleep(0.001)
+        self.start(near, far)
+        fast_path, growth = self.reactor.fast_path, self.protocols[1].link.session.growth
+        growth.heard_round_trip(0.0)  # whatever a busy machine made of it
+
+        def lease() -> bool:
+            way = fast_path._lease(self.protocols[1], self.reactor._poller.fileno())
+            fast_path._settle([way] if way is not None else [], self.reactor.seconds())
+            return way is not None
+
+        turns = []
+        for leases in (0, 2 * COPIED_LEASES, 0):
+            fast_path._copying[self.protocols[1]] = leases
+            self.run_until(lease, "there was something to lease")
+            turns.append(growth.turn)
+        self.assertEqual(turns, [PASSED_TURN_SECONDS, TURN_SECONDS, PASSED_TURN_SECONDS])
+        self.over(near, far)
+        self.assert_received(far, copied.BULK)
 
     def test_no_pipes(self) -> None:
         """Where the kernel allows no pipes it is copied."""
@@ -845,18 +869,15 @@ class EndsOverUNIXTests(copied.EndTests):
     tcp = False
 
 
-class BulkOverTCPTests(copied.BulkTests):
+class BulkOverTCPTests(BulkOverUNIXTests):
     """Bulk over TCP that goes without timers, so that pages are passed on to it, too."""
 
+    tcp = True
     congestion = b"reno"
 
     def link(self, *, buffer: int = 0) -> None:
         super().link(buffer=buffer)
         self.assertFalse(self.links[0].is_paced)
-
-    def assert_carried(self, least: int) -> None:
-        super().assert_carried(least)
-        self.assertTrue(self.reactor.fast_path._stock._idle, "it was passed on")
 
     def test_little_at_a_time(self) -> None:
         """A link that brings few bytes with each page has them copied for a while, as that costs less."""

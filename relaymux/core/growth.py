@@ -37,6 +37,10 @@ WIDEN_SHARE: Final = 4
 #: 1 MB cost a tenth of the processor time of all (docs/performance.md).
 TURN_SECONDS: Final = 0.0002
 
+#: The same where the daemons pass on pages of memory and do not touch what is on its way: then the programs'
+#: turns are what is waited for, and the fewer CREDITs there are, the better.
+PASSED_TURN_SECONDS: Final = 0.001
+
 #: The same until the windows of a session have grown by L{FIRST_BYTES}: daemons that have to
 #: wait for a processor shall not be held to a few hundred kilobytes.
 FIRST_TURN_SECONDS: Final = 0.002
@@ -52,12 +56,14 @@ class Growth:
     @ivar round_trip: seconds, the shortest on the present link; L{None} until the first
         is known, and nothing grows before.  The shortest: a PING may have had to wait
         behind data, and then said nothing about the line.
+    @ivar turn: seconds, L{TURN_SECONDS} or L{PASSED_TURN_SECONDS}, as the link carries bulk at present.
     @ivar grown: bytes by which the windows that are open are larger than they began.
     """
 
     def __init__(self, account: Account) -> None:
         self.account = account
         self.round_trip: float | None = None
+        self.turn = TURN_SECONDS
         self.grown = 0
 
     def restart(self, windows: Iterable[ReceiveWindow]) -> None:
@@ -81,7 +87,7 @@ class Growth:
         """
         if self.round_trip is None:
             return
-        turn = TURN_SECONDS if self.grown >= FIRST_BYTES else FIRST_TURN_SECONDS
+        turn = self.turn if self.grown >= FIRST_BYTES else FIRST_TURN_SECONDS
         fit = window.meter.judge(window.consumed, window.size, now, self.round_trip + turn)
         if fit is Fit.SMALL:
             amount = self._grow(window.size)

@@ -171,7 +171,7 @@ int send_pages(Lease *lease, Stream *stream, Py_ssize_t most, unsigned char *hea
 int take_pages(Lease *lease, int *lost);
 
 /* _fastpath_pipes.c */
-Py_ssize_t pages_take(int fd, const Pipe *pipe, Py_ssize_t limit, Py_ssize_t again, int *ended);
+Py_ssize_t pages_take(int fd, const Pipe *pipe, Py_ssize_t limit, int *ended);
 Py_ssize_t pages_put(int fd, const Pipe *pipe, Py_ssize_t length, int *error);
 int pages_can_store(const Pages *pages);
 Py_ssize_t pages_store(Pages *pages, Py_ssize_t length);

@@ -17,7 +17,7 @@ int send_pages(Lease *lease, Stream *stream, Py_ssize_t most, unsigned char *hea
 {
     Pages *pages = lease->pages;
     Py_ssize_t size = lead_length(lease);
-    Py_ssize_t length = pages_take(stream->fd, &pages->out, most, READ_AGAIN, &stream->read_end);
+    Py_ssize_t length = pages_take(stream->fd, &pages->out, most, &stream->read_end);
     if (stream->read_end)
         lease->over = 1;
     Py_ssize_t useless = length ? pages_store(pages, size + length) : pages_drop(pages, &pages->out, &size);
@@ -80,7 +80,7 @@ static Py_ssize_t take_few(Lease *lease, int *lost)
 static Py_ssize_t take_payload(Lease *lease, int is_first, int *lost)
 {
     Pipe *in = &lease->pages->in;
-    Py_ssize_t count = pages_take(lease->fd, in, lease->missing, READ_AGAIN, &lease->read_end);
+    Py_ssize_t count = pages_take(lease->fd, in, lease->missing, &lease->read_end);
     lease->arriving += count;
     lease->missing -= count;
     if (count || !is_first || !lease->arriving || lease->read_end)

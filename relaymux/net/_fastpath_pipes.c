@@ -34,24 +34,14 @@ static ssize_t pass(int from, int to, size_t length)
 }
 
 /*
- * Take up to `limit` bytes of a socket, as gather() does.  With `*ended` 0 and fewer than that there are no
- * more at the moment, or the pipe is full.
+ * Take up to `limit` bytes of a socket: what there is, as far as the pipe has places.  Sets `*ended` as gather()
+ * does.
  */
-Py_ssize_t pages_take(int fd, const Pipe *pipe, Py_ssize_t limit, Py_ssize_t again, int *ended)
+Py_ssize_t pages_take(int fd, const Pipe *pipe, Py_ssize_t limit, int *ended)
 {
-    Py_ssize_t total = 0;
-    *ended = 0;
-    while (total < limit) {
-        ssize_t count = pass(fd, pipe->write, limit - total);
-        if (count <= 0) {
-            *ended = input_end(count);
-            break;
-        }
-        total += count;
-        if (count < again)
-            break;
-    }
-    return total;
+    ssize_t count = pass(fd, pipe->write, limit);
+    *ended = count > 0 ? 0 : input_end(count);
+    return count > 0 ? count : 0;
 }
 
 /* Have a socket take the first `length` bytes of a pipe; as put(). */

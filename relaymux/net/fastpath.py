@@ -19,6 +19,7 @@ from typing import Any, Final
 from twisted.logger import Logger
 
 from relaymux.core.events import Event
+from relaymux.core.growth import PASSED_TURN_SECONDS, TURN_SECONDS
 from relaymux.core.link import ACK_SECONDS, Link
 from relaymux.core.replay import FRAME_COST
 from relaymux.core.session import Session
@@ -301,10 +302,12 @@ class FastPath:
             return _Way(lease, link, transport, members)
         can_pass = all(local.is_local for _, local in members.values())
         pages = self._pages_for(link) if can_pass else None
+        assert isinstance(transport, SocketTransport)
+        sends = pages is not None and sends_pages(transport, session)
+        if session.growth is not None:
+            session.growth.turn = PASSED_TURN_SECONDS if sends else TURN_SECONDS
         if pages is None:
             return _Way(lease, link, transport, members)
-        assert isinstance(transport, SocketTransport)
-        sends = sends_pages(transport, session)
         lease.pass_on(pages, PAGES_LINK_TURN, PAGES_ACK_FACTOR * session.ack_bytes, sends)
         seconds = SENT_PAGES_LEASE_SECONDS if sends else PAGES_LEASE_SECONDS
         return _Way(lease, link, transport, members, pages, seconds)
