@@ -47,6 +47,7 @@ COMPILED = (
     "relaymux.net.endings",
     "relaymux.net.families",
     "relaymux.net.fastpath",
+    "relaymux.net.holder",
     "relaymux.net.inbox",
     "relaymux.net.keeper",
     "relaymux.net.link",

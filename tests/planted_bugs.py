@@ -102,7 +102,7 @@ BUGS = (
     ),
     Bug(
         "the old link is left as it is when a new one resumes",
-        "net/keeper.py",
+        "net/holder.py",
         "            old.link.detach()\n            old.abort()\n",
         "",
         ("tests/test_resume_links.py", "tests/test_resume_peer.py"),
@@ -151,14 +151,14 @@ BUGS = (
     ),
     Bug(
         "what was not delivered is not counted",
-        "net/keeper.py",
+        "net/holder.py",
         "self.undelivered += lost + stuck + streams.undelivered",
         "self.undelivered += streams.undelivered",
         PEERS,
     ),
     Bug(
         "a session without a link never ends",
-        "net/keeper.py",
+        "net/holder.py",
         "held.timer = self._reactor.callLater(seconds, self._expired, held, seconds)",
         "held.timer = self._reactor.callLater(1000 * seconds, self._expired, held, seconds)",
         PEERS,

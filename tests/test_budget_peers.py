@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 
 from relaymux.core.budget import Budget, link_beginning, stream_beginning
 from relaymux.errors import ErrorCode, LocalError, StreamReset
-from relaymux.net.keeper import ACCEPTOR_GRACE
+from relaymux.net.holder import ACCEPTOR_GRACE
 from relaymux.net.peer import Identity, Peer
 from relaymux.net.stream import StreamTransport
 from tests.accounting import assert_accounted

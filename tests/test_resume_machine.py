@@ -32,7 +32,7 @@ from relaymux.core.link import CLOSED_SECONDS
 from relaymux.core.replay import HEAD_ROOM
 from relaymux.core.stream import SendState
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
-from relaymux.net.keeper import ACCEPTOR_GRACE
+from relaymux.net.holder import ACCEPTOR_GRACE
 from relaymux.net.link import LinkProtocol
 from relaymux.net.stream import StreamTransport
 from relaymux.testing.memory import MemoryConnection

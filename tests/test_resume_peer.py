@@ -12,7 +12,7 @@ from relaymux.core.handshake import Hello
 from relaymux.core.link import CLOSED_SECONDS, HANDSHAKE_SECONDS
 from relaymux.errors import ErrorCode, LocalError, SessionLost, StreamReset
 from relaymux.net import inbox
-from relaymux.net.keeper import ACCEPTOR_GRACE
+from relaymux.net.holder import ACCEPTOR_GRACE
 from relaymux.net.stream import StreamTransport
 from tests.resumecase import WINDOW, Logged, PeerTests, changed
 from tests.resuming import SMALL, Hosts, Talker, begin, stamped

@@ -16,7 +16,7 @@ from relaymux.core.link import Link
 from relaymux.core.stream import Stream
 from relaymux.errors import ErrorCode, SessionLost, StreamReset
 from relaymux.net.held import HeldSession
-from relaymux.net.keeper import ACCEPTOR_GRACE
+from relaymux.net.holder import ACCEPTOR_GRACE
 from relaymux.net.link import LinkProtocol
 from relaymux.net.stream import StreamTransport
 from relaymux.net.streams import OpenRequest
