@@ -255,6 +255,66 @@ class LeaseTests(LeaseTestCase):
                 self.program.recv(1 << 20)
         self.assertEqual(self.epoll.poll(1), [(self.local.fileno(), select.EPOLLOUT)])
 
+    def more_than_fits(self) -> bytes:
+        """Have frames arrive of which the program's socket takes only some.  @return: their payload."""
+        self.local.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        data = content(120_000)
+        for start in range(0, len(data), 40_000):
+            self.peer.send(data_header(3, 40_000) + data[start : start + 40_000])
+        return data
+
+    def test_program_goes_on(self) -> None:
+        """A program whose socket is full is waited for, and may itself send meanwhile."""
+        for _ in range(50):  # it is not waited for so long that a busy machine could not take longer
+            self.setUp()
+            data = self.more_than_fits()
+            got = bytearray()
+            self.program.settimeout(DEADLINE)
+
+            def read(size: int = len(data), got: bytearray = got) -> None:
+                got += self.program.recv(1)
+                self.program.send(b"said")
+                while len(got) < size and (more := self.program.recv(1 << 20)):
+                    got += more
+                self.peer.send(encode(Kind.PING, 0, bytes(8)))  # which ends the lease
+
+            reader = threading.Thread(target=read)
+            lease = self.lease(4, window=(0, 0, 1 << 20, 1 << 20, 1 << 19))
+            reader.start()
+            happened = self.wait(lease, DEADLINE)
+            settled = lease.settle()
+            stream = settled[8][0]
+            if stream[5] == len(data):
+                break
+            self.local.close()
+            reader.join()
+        reader.join()
+        self.assertEqual((happened, stream[4:6]), ([], (len(data), len(data))))
+        self.assertEqual(got, data)
+        self.assertEqual((stream[1], join(stream[7])), (4, b""))
+        said = [(kind, payload) for kind, _, payload in parse(self.peer.recv(1 << 20))]
+        self.assertIn((Kind.DATA, b"said"), said)
+        self.assertEqual(self.left(settled), encode(Kind.PING, 0, bytes(8)))
+
+    def test_program_does_not_go_on(self) -> None:
+        """It is not waited for long, as others may have something; they are watched as before then."""
+        data = self.more_than_fits()
+        lease = self.lease(0, window=(0, 0, 1 << 20, 1 << 20, 1 << 19))
+        self.assertEqual(self.wait(lease, DEADLINE), [])
+        settled = lease.settle()
+        stream = settled[8][0]
+        took = stream[5]
+        self.assertTrue(0 < took < len(data), took)
+        self.peer.send(b"more")
+        self.assertEqual(self.epoll.poll(DEADLINE), [(self.link.fileno(), select.EPOLLIN)])
+        taken = bytearray()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                taken += self.program.recv(1 << 20)
+        self.assertEqual(taken + join(stream[7]), data[: stream[4]])
+        # It would take something now, which nobody has asked for.
+        self.assertEqual(self.epoll.poll(0), [(self.link.fileno(), select.EPOLLIN)])
+
     def answer(self, received: int) -> tuple[list[Any], int]:
         """
         Have bytes arrive, of which 4048 are worth an ACK, and something leave after that.

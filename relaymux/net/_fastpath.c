@@ -24,6 +24,12 @@
 /* Seconds after which who had the processor meanwhile has more to do than to give a lease something to carry. */
 #define LONG_YIELD 0.001
 
+/*
+ * Seconds to wait for a local socket that is full.  Nothing is read of the link meanwhile, and somebody else may have
+ * something there.
+ */
+#define FULL_SECONDS 0.002
+
 /* What is in use by a call of wait(), as others say 1. */
 #define BY_LEASES 2
 
@@ -50,15 +56,18 @@ static int carry(PyObject *leases, const struct epoll_event *event)
                 return 0;
             if (event->events & EPOLLOUT && link_takes(lease))
                 return -1;
-            return event->events & EPOLLIN && !lease->over && from_link(lease) ? -1 : 1;
+            int reads = event->events & EPOLLIN && !lease->full && !lease->over;
+            return reads && from_link(lease) ? -1 : 1;
         }
         for (int j = 0; j < lease->stream_count; j++) {
             Stream *stream = &lease->streams[j];
             if (event->data.fd != stream->fd)
                 continue;
-            if (!stream->reads || event->events != EPOLLIN)
+            if (!stream->reads || event->events & ~(stream == lease->full ? EPOLLIN | EPOLLOUT : EPOLLIN))
                 return 0;
-            return from_local(lease, stream) ? -1 : 1;
+            if (event->events & EPOLLOUT && local_takes(lease))
+                return -1;
+            return event->events & EPOLLIN && !lease->over && from_local(lease, stream) ? -1 : 1;
         }
     }
     return 0;
@@ -85,9 +94,15 @@ static void restore(PyObject *leases)
 {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++) {
         Lease *lease = (Lease *)PyList_GET_ITEM(leases, i);
+        Stream *full = lease->full;
+        int blocked = lease->blocked;
         lease->over = 1;
-        if (lease->blocked)
-            watch(lease, lease->fd, EPOLLIN);
+        lease->full = NULL;
+        lease->blocked = 0;
+        if (full)
+            watch_local(lease, full);
+        if (full || blocked)
+            watch_link(lease);
         for (int j = 0; j < lease->stream_count; j++)
             if (lease->streams[j].held)
                 release(lease, &lease->streams[j]);
@@ -147,6 +162,29 @@ static int begin_carrying(PyObject *leases)
     return failed ? -1 : 0;
 }
 
+/* Those whose socket has been full for too long are over. */
+static void end_full(PyObject *leases, double now)
+{
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++) {
+        Lease *lease = (Lease *)PyList_GET_ITEM(leases, i);
+        if (lease->full && !lease->full_until)
+            lease->full_until = now + FULL_SECONDS;
+        else if (lease->full && now >= lease->full_until)
+            lease->over = 1;
+    }
+}
+
+/* The earliest of `until` and the times at which end_full() ends a lease. */
+static double first_end(PyObject *leases, double until)
+{
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++) {
+        Lease *lease = (Lease *)PyList_GET_ITEM(leases, i);
+        if (lease->full && lease->full_until < until)
+            until = lease->full_until;
+    }
+    return until;
+}
+
 static int any_send_pages(PyObject *leases)
 {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++)
@@ -186,6 +224,8 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
     PyObject *others = PyList_New(0);
     if (!others)
         return NULL;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(leases); i++)
+        ((Lease *)PyList_GET_ITEM(leases, i))->waits = 1;
     double now = seconds(), until = now + (timeout >= 0 && timeout < longest ? timeout : longest);
     double remind = now + ack_delay;
     int failed = 0, yields = any_send_pages(leases);
@@ -197,7 +237,7 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
             now = seconds();
         if (now > until && looks)
             break; /* not before there was one look: with no time at all there may be events */
-        double left = (until < remind ? until : remind) - now;
+        double next = first_end(leases, until < remind ? until : remind), left = next - now;
         int count;
         Py_BEGIN_ALLOW_THREADS
         count = epoll_wait(epoll, events, MOST_EVENTS, left > 0 ? (int)ceil(left * 1000) : 0);
@@ -208,7 +248,7 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
             failed = errno != EINTR || PyErr_CheckSignals();
             break;
         }
-        if (!count && remind > until)
+        if (!count && next == until)
             break;
         if (begin_carrying(leases)) {
             failed = 1;
@@ -223,7 +263,9 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
             }
             failed = done < 0;
         }
-        if (!failed && (now = seconds()) >= remind) {
+        now = seconds();
+        end_full(leases, now);
+        if (!failed && now >= remind) {
             remind = now + ack_delay;
             failed = say_late_acks(leases);
         }

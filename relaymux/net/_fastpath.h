@@ -132,6 +132,9 @@ typedef struct {
     uint64_t carried;
     int stream_count, places;
     Stream *streams;
+    int waits;         /* wait() has it, and not feed() */
+    Stream *full;      /* its only one, if the socket takes nothing more; the link is not read until it does, */
+    double full_until; /* or until this time, by CLOCK_MONOTONIC; 0 as long as nobody has looked at it */
 } Lease;
 
 extern PyTypeObject LeaseType; /* _fastpath_lease.c */
@@ -145,7 +148,8 @@ typedef struct {
 /* _fastpath_send.c */
 Error keep_error(void);
 int raise_again(Error error, int failed);
-void watch(const Lease *lease, int fd, uint32_t events);
+void watch_link(const Lease *lease);
+void watch_local(const Lease *lease, const Stream *stream);
 void release(Lease *lease, Stream *stream);
 void push(Lease *lease);
 Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length);
@@ -155,6 +159,7 @@ int from_local(Lease *lease, Stream *stream);
 int go_on(Lease *lease);
 int say_late_ack(Lease *lease);
 int link_takes(Lease *lease);
+int local_takes(Lease *lease);
 
 /* _fastpath_receive.c */
 int begin_frame(Lease *lease);

@@ -186,7 +186,7 @@ static PyObject *lease_owe(Lease *lease, PyObject *buffers)
     }
     if (lease->unsent.count) {
         lease->blocked = 1;
-        watch(lease, lease->fd, EPOLLIN | EPOLLOUT);
+        watch_link(lease);
     }
     Py_RETURN_TRUE;
 }

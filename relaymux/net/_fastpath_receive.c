@@ -108,6 +108,24 @@ static int take_credit(Lease *lease, const unsigned char *payload)
     return 0;
 }
 
+/*
+ * A socket has not taken everything.  With one stream alone it is waited for, and the link not read meanwhile: its
+ * program will soon go on, and what this lease leaves to Python is copied.  With others it is Python's turn, which
+ * lets them go on.
+ */
+static void fill_up(Lease *lease, Stream *stream)
+{
+    if (!lease->waits || lease->stream_count > 1 || !stream->reads || stream->others || stream->write_end) {
+        stream->writes = 0;
+        lease->over = 1;
+    } else if (!lease->full) {
+        lease->full = stream;
+        lease->full_until = 0;
+        watch_link(lease);
+        watch_local(lease, stream);
+    }
+}
+
 /* Have the stream's socket take what has arrived for it. */
 void deliver(Lease *lease, Stream *stream)
 {
@@ -122,10 +140,8 @@ void deliver(Lease *lease, Stream *stream)
         lease->whole -= taken;
         pages -= taken;
     }
-    if (stream->untaken.count || pages) {
-        stream->writes = 0;
-        lease->over = 1;
-    }
+    if (stream->untaken.count || pages)
+        fill_up(lease, stream);
     stream->credit_due = stream->consumed + stream->size >= stream->granted + stream->step;
 }
 

@@ -10,10 +10,21 @@
 /* An ACK rides along from this share of what is worth one, as in relaymux/core/outbox.py. */
 #define ACK_RIDE_SHARE 4
 
-void watch(const Lease *lease, int fd, uint32_t events)
+static void watch(const Lease *lease, int fd, uint32_t events)
 {
     struct epoll_event event = {.events = events, .data.fd = fd};
     epoll_ctl(lease->epoll, EPOLL_CTL_MOD, fd, &event);
+}
+
+void watch_link(const Lease *lease)
+{
+    watch(lease, lease->fd, (lease->full ? 0 : EPOLLIN) | (lease->blocked ? EPOLLOUT : 0));
+}
+
+void watch_local(const Lease *lease, const Stream *stream)
+{
+    uint32_t full = stream == lease->full ? EPOLLOUT : 0;
+    watch(lease, stream->fd, (stream->held ? 0 : EPOLLIN) | stream->others | full);
 }
 
 static void put64(unsigned char *at, uint64_t value)
@@ -77,7 +88,7 @@ void push(Lease *lease)
         lease->over = 1;
     } else if (blocked != lease->blocked) {
         lease->blocked = blocked;
-        watch(lease, lease->fd, blocked ? EPOLLIN | EPOLLOUT : EPOLLIN);
+        watch_link(lease);
     }
 }
 
@@ -158,13 +169,13 @@ static int answer(Lease *lease)
 static void hold(Lease *lease, Stream *stream)
 {
     stream->held = 1;
-    watch(lease, stream->fd, stream->others);
+    watch_local(lease, stream);
 }
 
 void release(Lease *lease, Stream *stream)
 {
     stream->held = 0;
-    watch(lease, stream->fd, EPOLLIN | stream->others);
+    watch_local(lease, stream);
 }
 
 /* A frame of `length` bytes that a local socket gave. */
@@ -268,5 +279,18 @@ int say_late_ack(Lease *lease)
 int link_takes(Lease *lease)
 {
     push(lease);
+    return go_on(lease);
+}
+
+/* A local socket that was full takes something again.  -1 with an exception. */
+int local_takes(Lease *lease)
+{
+    Stream *stream = lease->full;
+    lease->full = NULL;
+    deliver(lease, stream);
+    if (!lease->full) {
+        watch_link(lease);
+        watch_local(lease, stream);
+    }
     return go_on(lease);
 }

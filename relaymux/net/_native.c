@@ -20,14 +20,15 @@
 
 /*
  * Memory straight from the kernel: the allocator would keep what a burst needed, as its
- * threshold for doing the same rises with the first buffer that is freed.
+ * threshold for doing the same rises with the first buffer that is freed.  All of it is
+ * going to be used, and to have it at once costs half of what a fault for each page does.
  */
 static char *buffer_new(Py_ssize_t size)
 {
 #ifdef __SANITIZE_ADDRESS__
     return malloc(size); /* whose ends are watched */
 #else
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     return memory == MAP_FAILED ? NULL : memory;
 #endif
 }
@@ -51,11 +52,11 @@ static void store_disown(Store *store)
 
 /*
  * Keep an idle buffer for the next need.  On a long line many come back at once, with an acknowledgement, and
- * as many are needed right behind that: half as many as are lent are kept, and what was lent in a burst goes.
+ * as many are needed right behind that: as many as are lent are kept, and what was lent in a burst goes.
  */
 static void store_keep(Store *store, char *memory)
 {
-    Py_ssize_t most = store->lent / 2 > store->least_idle ? store->lent / 2 : store->least_idle;
+    Py_ssize_t most = store->lent > store->least_idle ? store->lent : store->least_idle;
     while (store->idle > most)
         buffer_free(store->free[--store->idle], store->size);
     if (store->idle == store->places && store->idle < most) {

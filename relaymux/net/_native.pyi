@@ -14,7 +14,7 @@ class BufferPool:
     def __init__(self, size: int = ..., idle: int = ...) -> None:
         """
         @param size: bytes per buffer.
-        @param idle: buffers kept for the next need in any case; half as many as are lent, if that is more.
+        @param idle: buffers kept for the next need in any case; as many as are lent, if that is more.
         """
     @property
     def size(self) -> int: ...
