@@ -344,7 +344,9 @@ class GrowthTests(SynchronousTestCase):
         sizes.turn = PASSED_TURN_SECONDS
         window = ReceiveWindow(256 * KIB)
         self.assertEqual(self.fit(sizes, window, 1e9), 4 << 20)
-        sizes.turn = TURN_SECONDS
+        sizes.restart([])  # over a new link nobody knows
+        self.assertEqual(sizes.turn, TURN_SECONDS)
+        sizes.heard_round_trip(0.0001)
         self.assertEqual(self.fit(sizes, ReceiveWindow(256 * KIB), 3e8), 256 * KIB)
 
     def test_first_growth_is_for_few(self) -> None:

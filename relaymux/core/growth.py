@@ -56,7 +56,7 @@ class Growth:
     @ivar round_trip: seconds, the shortest on the present link; L{None} until the first
         is known, and nothing grows before.  The shortest: a PING may have had to wait
         behind data, and then said nothing about the line.
-    @ivar turn: seconds, L{TURN_SECONDS} or L{PASSED_TURN_SECONDS}, as the link carries bulk at present.
+    @ivar turn: seconds, L{TURN_SECONDS} or L{PASSED_TURN_SECONDS}, as the link's last bulk was carried.
     @ivar grown: bytes by which the windows that are open are larger than they began.
     """
 
@@ -69,6 +69,7 @@ class Growth:
     def restart(self, windows: Iterable[ReceiveWindow]) -> None:
         """There is a new link, and the time without one says nothing about it."""
         self.round_trip = None
+        self.turn = TURN_SECONDS
         for window in windows:
             window.meter.restart()
 

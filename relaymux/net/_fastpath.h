@@ -134,7 +134,7 @@ typedef struct {
     Stream *streams;
     int waits;         /* wait() has it, and not feed() */
     Stream *full;      /* its only one, if the socket takes nothing more; the link is not read until it does, */
-    double full_until; /* or until this time, by CLOCK_MONOTONIC; 0 as long as nobody has looked at it */
+    double full_until; /* or until this time, by CLOCK_MONOTONIC; 0: see end_full() */
 } Lease;
 
 extern PyTypeObject LeaseType; /* _fastpath_lease.c */
@@ -150,6 +150,7 @@ Error keep_error(void);
 int raise_again(Error error, int failed);
 void watch_link(const Lease *lease);
 void watch_local(const Lease *lease, const Stream *stream);
+int lacks_credit(const Stream *stream);
 void release(Lease *lease, Stream *stream);
 void push(Lease *lease);
 Sent *keep_data(Lease *lease, Stream *stream, Py_ssize_t length);

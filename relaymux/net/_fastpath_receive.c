@@ -111,11 +111,13 @@ static int take_credit(Lease *lease, const unsigned char *payload)
 /*
  * A socket has not taken everything.  With one stream alone it is waited for, and the link not read meanwhile: its
  * program will soon go on, and what this lease leaves to Python is copied.  With others it is Python's turn, which
- * lets them go on.
+ * lets them go on; so it is if the program may be waiting itself, for credit that the link has to bring.
  */
 static void fill_up(Lease *lease, Stream *stream)
 {
-    if (!lease->waits || lease->stream_count > 1 || !stream->reads || stream->others || stream->write_end) {
+    int can_wait = lease->waits && !lease->over && lease->stream_count == 1 && stream->reads &&
+                   !stream->others && !stream->write_end && !lacks_credit(stream);
+    if (!can_wait) {
         stream->writes = 0;
         lease->over = 1;
     } else if (!lease->full) {

@@ -165,6 +165,12 @@ static int answer(Lease *lease)
     return frames.count ? say(lease, &frames) : 0;
 }
 
+/* Whether its socket has something to send that there is no credit for. */
+int lacks_credit(const Stream *stream)
+{
+    return stream->held && stream->sent == stream->limit;
+}
+
 /* Do not look at a socket for which there is no credit. */
 static void hold(Lease *lease, Stream *stream)
 {
@@ -232,6 +238,8 @@ int from_local(Lease *lease, Stream *stream)
 {
     if (lease->blocked || stream->sent == stream->limit) {
         hold(lease, stream);
+        if (stream == lease->full && lacks_credit(stream))
+            lease->over = 1; /* the link is not read, which has to bring it */
         return 0;
     }
     int64_t most = lease->local_turn;
@@ -286,9 +294,12 @@ int link_takes(Lease *lease)
 int local_takes(Lease *lease)
 {
     Stream *stream = lease->full;
+    double until = lease->full_until;
     lease->full = NULL;
     deliver(lease, stream);
-    if (!lease->full) {
+    if (lease->full) {
+        lease->full_until = until; /* with what it takes bit by bit it is full all the same */
+    } else {
         watch_link(lease);
         watch_local(lease, stream);
     }
