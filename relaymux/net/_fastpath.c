@@ -195,13 +195,13 @@ static int any_send_pages(PyObject *leases)
 
 /*
  * Let others have the processor that have something to do: where pages are passed on it is calls and wake-ups that
- * cost time, and who fills or empties the sockets meanwhile makes fewer of them do.  Sets `*now`.  Returns whether
+ * cost time, and who fills or empties the sockets meanwhile makes fewer of them do.  Moves `*now` on.  Returns whether
  * that is good to repeat: a program that never waits would take what the scheduler gives it, several milliseconds
  * each time.
  */
 static int yield(double *now)
 {
-    double before = seconds();
+    double before = *now;
     Py_BEGIN_ALLOW_THREADS
     sched_yield();
     Py_END_ALLOW_THREADS
@@ -233,8 +233,6 @@ static PyObject *fast_wait(PyObject *module, PyObject *args)
         struct epoll_event events[MOST_EVENTS];
         if (looks && yields)
             yields = yield(&now);
-        else
-            now = seconds();
         if (now > until && looks)
             break; /* not before there was one look: with no time at all there may be events */
         double next = first_end(leases, until < remind ? until : remind), left = next - now;

@@ -128,6 +128,14 @@ static void fill_up(Lease *lease, Stream *stream)
     }
 }
 
+/* A socket that was waited for has taken everything. */
+static void drain_out(Lease *lease, Stream *stream)
+{
+    lease->full = NULL;
+    watch_link(lease);
+    watch_local(lease, stream);
+}
+
 /* Have the stream's socket take what has arrived for it. */
 void deliver(Lease *lease, Stream *stream)
 {
@@ -144,6 +152,8 @@ void deliver(Lease *lease, Stream *stream)
     }
     if (stream->untaken.count || pages)
         fill_up(lease, stream);
+    else if (stream == lease->full)
+        drain_out(lease, stream);
     stream->credit_due = stream->consumed + stream->size >= stream->granted + stream->step;
 }
 

@@ -293,15 +293,6 @@ int link_takes(Lease *lease)
 /* A local socket that was full takes something again.  -1 with an exception. */
 int local_takes(Lease *lease)
 {
-    Stream *stream = lease->full;
-    double until = lease->full_until;
-    lease->full = NULL;
-    deliver(lease, stream);
-    if (lease->full) {
-        lease->full_until = until; /* with what it takes bit by bit it is full all the same */
-    } else {
-        watch_link(lease);
-        watch_local(lease, stream);
-    }
+    deliver(lease, lease->full);
     return go_on(lease);
 }
