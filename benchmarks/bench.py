@@ -60,10 +60,10 @@ class Row:
 
 
 ROWS: Mapping[str, Row] = {
-    "bulk": Row("1. Bulk", bulk.run, bulk.METRICS, bulk.TARGETS, 2.0, 5, 0.6),
-    "latency": Row("2. Latency", latency.run, latency.METRICS, latency.TARGETS, 1.5, 5, 0.4),
+    "bulk": Row("1. Bulk", bulk.run, bulk.METRICS, bulk.TARGETS, 1.5, 5, 0.5),
+    "latency": Row("2. Latency", latency.run, latency.METRICS, latency.TARGETS, 1.5, 5, 0.3),
     "stall": Row("3. A reader that stalls", stall.run, stall.METRICS, stall.TARGETS, 3.0, 5),
-    "pipes": Row("4. Long pipes", pipes.run, pipes.METRICS, pipes.TARGETS, 8.0, 3),
+    "pipes": Row("4. Long pipes", pipes.run, pipes.METRICS, pipes.TARGETS, 6.0, 4),
     "connections": Row("5. Connections", connections.run, connections.METRICS, connections.TARGETS, 2.0, 3),
     "nbd": Row("6. NBD", nbd.run, nbd.METRICS, (), 0.0, 3),
 }

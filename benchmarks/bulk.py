@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from benchmarks.contenders import Plan, started, take_turns, turns
+from benchmarks.contenders import Plan, take_turns_anew
 from benchmarks.generators import compiler
 from benchmarks.processes import BenchmarkError
 from benchmarks.relays import Relays
@@ -83,5 +83,4 @@ def run(plan: Plan) -> list[Result]:
     if compiler() is None:
         del cases[DUPLEX]
         plan.note(f"{DUPLEX}: not measured, and the rest with slower ends, since there is no C compiler")
-    with started(plan, streams=4) as found:
-        return take_turns(plan, "bulk", turns(found, cases))
+    return take_turns_anew(plan, "bulk", 4, cases)

@@ -24,13 +24,18 @@ __all__ = [
     "Start",
     "Turn",
     "started",
+    "take_round",
     "take_turns",
+    "take_turns_anew",
     "turns",
 ]
 
 LINKS = ("tcp", "unix", "tls")
 
 NO_RELAY = "no relay"
+
+#: What new processes of tools that have proved themselves carry before they are measured.
+WARM_UP_BYTES = 8 * 1024 * 1024
 
 Start = Callable[..., AbstractContextManager[Relays]]
 
@@ -169,17 +174,48 @@ def take_turns(plan: Plan, row: str, order: Sequence[Turn]) -> list[Result]:
     @param order: of each round.
     @raise BenchmarkError: relaymux fails; what happens to others becomes a note.
     """
+    return [result for number in range(plan.rounds) for result in take_round(plan, row, number, order)]
+
+
+def take_turns_anew(
+    plan: Plan,
+    row: str,
+    streams: int,
+    cases: Mapping[str, Callable[[Relays], Mapping[str, float]]],
+) -> list[Result]:
+    """
+    As L{take_turns}, of all contenders, in each round with processes of its own.
+
+    What memory a process happens to get can make it dearer than others of its kind for as
+    long as it lives.  So that is one of several rounds, and not all of them.
+
+    @raise BenchmarkError: relaymux does not start, harms content or fails.
+    """
     results = []
     for number in range(plan.rounds):
-        for turn in order:
-            where = f"{turn.tool} over {turn.link}, {turn.case}"
-            plan.step(f"{row}, round {number + 1} of {plan.rounds}: {where}")
-            try:
-                values = turn.measure()
-            except BenchmarkError as error:
-                if turn.tool == OURS:
-                    raise
-                plan.note(f"{row}, {where}: a run failed: {error}")
-            else:
-                results.append(Result(row, turn.case, turn.link, turn.tool, number, values))
+        proof_bytes = PROOF_BYTES if number == 0 else WARM_UP_BYTES
+        with started(plan, streams, proof_bytes=proof_bytes) as found:
+            results += take_round(plan, row, number, turns(found, cases))
+    return results
+
+
+def take_round(plan: Plan, row: str, number: int, order: Sequence[Turn]) -> list[Result]:
+    """
+    Measure one round.
+
+    @param number: the round's, from 0.
+    @raise BenchmarkError: as of L{take_turns}.
+    """
+    results = []
+    for turn in order:
+        where = f"{turn.tool} over {turn.link}, {turn.case}"
+        plan.step(f"{row}, round {number + 1} of {plan.rounds}: {where}")
+        try:
+            values = turn.measure()
+        except BenchmarkError as error:
+            if turn.tool == OURS:
+                raise
+            plan.note(f"{row}, {where}: a run failed: {error}")
+        else:
+            results.append(Result(row, turn.case, turn.link, turn.tool, number, values))
     return results

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.contenders import Plan, started, take_turns, turns
+from benchmarks.contenders import Plan, take_turns_anew
 from benchmarks.generators import program
 from benchmarks.processes import BenchmarkError, end, running, wait_for_socket
 from benchmarks.relays import Relays
@@ -105,5 +105,4 @@ def run(plan: Plan) -> list[Result]:
             cases[f"{name} {place}"] = lambda relays, size=size, busy=busy: measure(
                 relays, size, plan.seconds, busy
             )
-    with started(plan, streams=2) as found:
-        return take_turns(plan, "latency", turns(found, cases))
+    return take_turns_anew(plan, "latency", 2, cases)
