@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,9 +18,18 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from benchmarks import accounting
 from benchmarks.accounting import Memory, Usage, memory, tree, usage
-from benchmarks.contenders import CONTENDERS, Contender, Plan, started, take_turns, turns
+from benchmarks.contenders import (
+    CONTENDERS,
+    WARM_UP_BYTES,
+    Contender,
+    Plan,
+    started,
+    take_turns,
+    take_turns_anew,
+    turns,
+)
 from benchmarks.processes import BenchmarkError, Unavailable, running
-from benchmarks.relays import Relays, direct
+from benchmarks.relays import PROOF_BYTES, Relays, direct
 from benchmarks.results import OURS, Metric, Result, Target, judge
 from benchmarks.streams import Report, combine
 from benchmarks.table import results_table, verdicts_table
@@ -258,6 +268,33 @@ class PlanTests(SynchronousTestCase):
         self.assertEqual(
             [(r.tool, r.round, r.values["cpu"]) for r in found_out],
             [*zip("abab", (0, 0, 1, 1), (1, 2, 3, 4), strict=True)],
+        )
+
+    def test_new_processes(self) -> None:
+        """Each round starts its own, and ends them before the next one; the first proves most."""
+        told: list[object] = []
+
+        class Proven(Relays):
+            def prove(self, proof_bytes: int = PROOF_BYTES) -> None:
+                told.append(proof_bytes)
+
+        @contextmanager
+        def start(directory: Path, link: str, streams: int) -> Iterator[Relays]:
+            told.append(f"{streams} streams")
+            yield Proven(())
+            told.append("end")
+
+        def measure(relays: Relays) -> dict[str, float]:
+            told.append("measure")
+            return {"cpu": 1.0}
+
+        self.contenders(fresh=start)
+        found_out = take_turns_anew(self.plan("fresh"), "bulk", 4, {"one": measure})
+        rounds = [["4 streams", proven, "measure", "end"] for proven in (PROOF_BYTES, WARM_UP_BYTES)]
+        self.assertEqual(told, [*rounds[0], *rounds[1]])
+        self.assertLess(WARM_UP_BYTES, PROOF_BYTES)
+        self.assertEqual(
+            [(r.case, r.tool, r.round) for r in found_out], [("one", "fresh", 0), ("one", "fresh", 1)]
         )
 
     def test_what_is_missing_is_told(self) -> None:
