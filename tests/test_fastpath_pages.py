@@ -26,7 +26,7 @@ from relaymux.core.frames import Kind, data_header, encode
 from relaymux.core.growth import PASSED_TURN_SECONDS, TURN_SECONDS
 from relaymux.net import pages
 from relaymux.net.compiled import native
-from relaymux.net.families import tune_link
+from relaymux.net.families import NOTSENT_LOWAT, PACED_NOTSENT_LOWAT, tune_link
 from relaymux.net.fastpath import COPIED_LEASES
 from relaymux.net.pages import MOST_PAGES, PageStock
 from tests import test_fastpath as copied
@@ -870,7 +870,7 @@ class EndsOverUNIXTests(copied.EndTests):
 
 
 class BulkOverTCPTests(BulkOverUNIXTests):
-    """Bulk over TCP that goes without timers, so that pages are passed on to it, too."""
+    """Bulk over TCP that goes without timers."""
 
     tcp = True
     congestion = b"reno"
@@ -878,6 +878,17 @@ class BulkOverTCPTests(BulkOverUNIXTests):
     def link(self, *, buffer: int = 0) -> None:
         super().link(buffer=buffer)
         self.assertFalse(self.links[0].is_paced)
+
+    def test_unsent(self) -> None:
+        """What the kernel may hold is no matter of pages there."""
+        self.link()
+        near, far = self.serve("ram", copied.BULK, copied.LESS)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_carried(4 * copied.MIB)
+        for link in self.links:
+            most = link.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+            self.assertEqual(most, NOTSENT_LOWAT)
 
     def test_little_at_a_time(self) -> None:
         """A link that brings few bytes with each page has them copied for a while, as that costs less."""
@@ -912,7 +923,7 @@ class BulkOverTCPTests(BulkOverUNIXTests):
 
 
 class BulkOverPacedTCPTests(copied.FastPathTests):
-    """Bulk over TCP that sends by timers: pages are passed on out of the link alone."""
+    """Bulk over TCP that sends by timers."""
 
     congestion = b"bbr"
 
@@ -922,19 +933,45 @@ class BulkOverPacedTCPTests(copied.FastPathTests):
         if self.congestion not in available:
             raise SkipTest("this kernel has no bbr")
 
-    def test_both_ways(self) -> None:
-        """It arrives as it was sent."""
+    def link(self, *, buffer: int = 0) -> None:
         try:
-            self.link()
+            super().link(buffer=buffer)
         except PermissionError:
             raise SkipTest("this kernel has bbr for root alone") from None
         self.assertTrue(self.links[0].is_paced)
+
+    def test_both_ways(self) -> None:
+        """It arrives as it was sent."""
+        self.link()
         near, far = self.serve("ram", copied.BULK, copied.LESS)
         self.start(near, far)
         self.over(near, far)
         self.assert_received(far, copied.BULK)
         self.assert_received(near, copied.LESS)
         self.assert_carried(4 * copied.MIB)
+
+    def test_little_is_unsent(self) -> None:
+        """Pages are passed on when all is sent, what is copied before; as the last lease was."""
+        self.link()
+        near, far = self.serve("ram", copied.BULK, b"")
+        far.pace = lambda: time.sleep(0.001)
+        self.start(near, far)
+        fast_path, sock = self.reactor.fast_path, self.links[0].socket
+        self.protocols[0].link.session.growth.heard_round_trip(0.0)  # whatever a busy machine made of it
+
+        def lease() -> bool:
+            way = fast_path._lease(self.protocols[0], self.reactor._poller.fileno())
+            fast_path._settle([way] if way is not None else [], self.reactor.seconds())
+            return way is not None
+
+        unsent = []
+        for leases in (0, 2 * COPIED_LEASES, 0):
+            fast_path._copying[self.protocols[0]] = leases
+            self.run_until(lease, "there was something to lease")
+            unsent.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT))
+        self.assertEqual(unsent, [PACED_NOTSENT_LOWAT, NOTSENT_LOWAT, PACED_NOTSENT_LOWAT])
+        self.over(near, far)
+        self.assert_received(far, copied.BULK)
 
 
 class EndsOverTCPTests(copied.EndTests):

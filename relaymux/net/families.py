@@ -32,6 +32,12 @@ __all__ = ["TCPTransport", "UNIXTransport", "transport_for", "tune_link"]
 #: waits behind this much in front of it and not behind megabytes.
 NOTSENT_LOWAT: Final = 512 * 1024
 
+#: The same where pages are passed on to a connection that sends by timers.  Half of the largest packet, so
+#: that more is written when all is sent.  Of somebody who always has more to send bbr takes what was
+#: sent for all that can be, and waits between any two packets; whoever has nothing more keeps the pace
+#: that he had at his best.
+PACED_NOTSENT_LOWAT: Final = 32 * 1024
+
 #: Milliseconds that sent bytes may stay unacknowledged before the connection
 #: is lost; the kernel's own patience is about 15 minutes.
 USER_TIMEOUT: Final = 20_000
@@ -60,6 +66,7 @@ class TCPTransport(SocketTransport):
     _peer: IPv4Address | IPv6Address
     _low_water = 1
     _is_paced: bool | None = None
+    _expects_pages = False
 
     def getHost(self) -> IPv4Address | IPv6Address:
         return self._host
@@ -76,15 +83,18 @@ class TCPTransport(SocketTransport):
 
     @property
     def is_paced(self) -> bool:
-        """
-        Whether its congestion control sends by timers (bbr), as it was when this was first asked.
-
-        Where packets of pages that are passed on wait for those, they cost more than what is copied.
-        """
+        """Whether its congestion control sends by timers (bbr), as it was when this was first asked."""
         if self._is_paced is None:
             name = self.socket.getsockopt(IPPROTO_TCP, TCP_CONGESTION, CONGESTION_NAME)
             self._is_paced = name.startswith(b"bbr")
         return self._is_paced
+
+    def expectPages(self, expected: bool) -> None:
+        """See L{SocketTransport.expectPages}; TCP_NOTSENT_LOWAT, L{PACED_NOTSENT_LOWAT}."""
+        if expected != self._expects_pages and self.is_paced:
+            self._expects_pages = expected
+            most = PACED_NOTSENT_LOWAT if expected else NOTSENT_LOWAT
+            self.socket.setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, most)
 
     def getTcpNoDelay(self) -> bool:
         return bool(self.socket.getsockopt(IPPROTO_TCP, TCP_NODELAY))

@@ -143,7 +143,7 @@ def sends_pages(transport: SocketTransport, session: Session) -> bool:
     @return: whether pages are passed on to a link, too, and not only from it.  On a long line most of what is
         sent within a lease is not acknowledged when it ends, and would be copied after all.
     """
-    return transport.is_local or (is_short(session) and not transport.is_paced)
+    return transport.is_local or is_short(session)
 
 
 def lease_of(
@@ -304,6 +304,7 @@ class FastPath:
         pages = self._pages_for(link) if can_pass else None
         assert isinstance(transport, SocketTransport)
         sends = pages is not None and sends_pages(transport, session)
+        transport.expectPages(sends)
         if session.growth is not None:
             session.growth.turn = PASSED_TURN_SECONDS if sends else TURN_SECONDS
         if pages is None:

@@ -82,11 +82,6 @@ class SocketTransport(ReceivingSocket):
 
     is_local = False
 
-    @property
-    def is_paced(self) -> bool:
-        """Whether the kernel waits for timers between what it sends."""
-        return False
-
     def __init__(
         self,
         reactor: Any,
@@ -114,6 +109,9 @@ class SocketTransport(ReceivingSocket):
         # Asked now, since nobody can ask a closed socket.
         self._host = host or address_of(sock.getsockname())
         self._peer = peer or address_of(sock.getpeername())
+
+    def expectPages(self, expected: bool) -> None:
+        """Pages of memory, which cost the sender little, are what is written from now on, or no longer."""
 
     def begin(self) -> None:
         """
