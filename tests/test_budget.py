@@ -21,7 +21,7 @@ from relaymux.core.events import DataReceived, HelloReceived, StreamCrowdedOut, 
 from relaymux.core.frames import Kind
 from relaymux.core.growth import FIRST_BYTES, PASSED_TURN_SECONDS, TURN_SECONDS, Growth
 from relaymux.core.handshake import Hello, Limits, Welcome
-from relaymux.core.link import Link
+from relaymux.core.link import FIRST_PINGS, Link
 from relaymux.core.meter import GROW_WITHIN, TOO_LARGE, Fit, Meter
 from relaymux.core.replay import ReplayBuffer
 from relaymux.core.session import Session
@@ -384,6 +384,25 @@ class GrowthTests(SynchronousTestCase):
         line = Line()
         for end in line.ends:
             self.assertTrue(0 <= end.link.round_trip - 2 * line.delay <= 5 * STEP, end.link.round_trip)
+
+    def test_asks_more_than_once(self) -> None:
+        """One of two daemons may be busy when a link is new: the shortest of the first round trips counts."""
+        session = Session(dialing=True, local=LIMITS, remote=LIMITS, account=Account(Budget(10**9)))
+        link = Link(local=LIMITS, now=1.0, resume=b"")
+        link.data_to_send(0, 1.0)
+        link.attach(session, LIMITS, 1.0)
+        now, asked = 1.0, 0
+        for seconds in (0.016, 0.0002, 0.0003, 0.02, 0.01):
+            said = parse(join(link.data_to_send(0, now)))
+            now += seconds
+            for kind, _, number in said:
+                self.assertEqual(kind, Kind.PING)
+                asked += 1
+                list(link.receive([memoryview(frame(Kind.PONG, 0, number))], now))
+        self.assertEqual(asked, FIRST_PINGS)
+        assert session.growth is not None and session.growth.round_trip is not None
+        self.assertAlmostEqual(session.growth.round_trip, 0.0002)
+        self.assertTrue(link.at_rest)
 
     def test_allowance_is_one_turn(self) -> None:
         """What a stream may have written and not sent is what is gathered of a local socket at once."""

@@ -61,6 +61,10 @@ HANDSHAKE_SECONDS: Final = 5.0
 #: PINGs per silence that a peer tolerates: two may be late before the link is given up.
 PINGS_PER_SILENCE: Final = 3
 
+#: PINGs that leave one after the other, as answers come, when a link is new.  Either daemon may have
+#: something else to do just then, and the first answer be late by many times what the line takes.
+FIRST_PINGS: Final = 4
+
 #: Seconds until received bytes are acknowledged when few of them arrive: a fraction
 #: of what matters to the peer's replay buffer, and long enough to gather.
 ACK_SECONDS: Final = 0.025
@@ -117,6 +121,7 @@ class Link:
         # nothing for long makes nothing grow here.
         self._ack_now = False
         self._ping_now = False
+        self._first_pings = 0  # that have not left yet, nor are about to
         if hello is not None:
             self.state = LinkState.WELCOME
             self._out.append(encode(Kind.HELLO, 0, hello.encode()))
@@ -171,8 +176,10 @@ class Link:
         self._ping_interval = min(self._silence, remote.silence) / PINGS_PER_SILENCE
         self._ping_at = now + self._ping_interval
         session.linked()
-        # While nothing else is on its way yet, so that the answer tells what the way takes.
-        self._ping_now = session.growth is not None
+        if session.growth is not None:
+            # While nothing else is on its way yet, so that the answer tells what the way takes.
+            self._ping_now = True
+            self._first_pings = FIRST_PINGS - 1
 
     def reject(self, code: int, text: str) -> LinkEnded:
         """Refuse the peer; the connection is to be closed when this was sent."""
@@ -385,6 +392,9 @@ class Link:
             answered = self._flight.pong(_number(frame), now)
             if answered and session.growth is not None:
                 session.growth.heard_round_trip(self._flight.round_trip)
+                if self._first_pings:
+                    self._first_pings -= 1
+                    self._ping_now = True
         elif kind == Kind.BYE:
             code, text = decode_coded_text(payload, "BYE")
             return [self._end(code, text, by_peer=True, session_over=True)]
