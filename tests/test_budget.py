@@ -19,7 +19,7 @@ from relaymux.core.budget import (
 )
 from relaymux.core.events import DataReceived, HelloReceived, StreamCrowdedOut, StreamOpened, WelcomeReceived
 from relaymux.core.frames import Kind
-from relaymux.core.growth import FIRST_BYTES, PASSED_TURN_SECONDS, TURN_SECONDS, Growth
+from relaymux.core.growth import FIRST_BYTES, TURN_SECONDS, WIDE_TURN_SECONDS, Growth
 from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import FIRST_PINGS, Link
 from relaymux.core.meter import GROW_WITHIN, TOO_LARGE, Fit, Meter
@@ -341,7 +341,7 @@ class GrowthTests(SynchronousTestCase):
         """Where nobody touches what is on its way, there may be more of it, for as long as that is so."""
         sizes = Growth(Account(Budget(10**9)))
         sizes.heard_round_trip(0.0001)
-        sizes.turn = PASSED_TURN_SECONDS
+        sizes.turn = WIDE_TURN_SECONDS
         window = ReceiveWindow(256 * KIB)
         self.assertEqual(self.fit(sizes, window, 1e9), 4 << 20)
         sizes.restart([])  # over a new link nobody knows

@@ -24,6 +24,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.core.budget import Budget
 from relaymux.core.frames import CREDIT, Kind, data_header, encode
+from relaymux.core.growth import WIDE_TURN_SECONDS
 from relaymux.core.handshake import Limits
 from relaymux.errors import TransportError
 from relaymux.net import tlsrecords
@@ -1034,6 +1035,16 @@ class BulkOverTLSTests(BulkTests):
     """The same over TLS."""
 
     tls = True
+
+    def test_windows(self) -> None:
+        """They may be as large as where pages are passed on."""
+        self.link()
+        near, far = self.serve("ram", BULK, LESS)
+        self.start(near, far)
+        self.over(near, far)
+        self.assert_carried(4 * MIB)
+        for protocol in self.protocols:
+            self.assertEqual(protocol.link.session.growth.turn, WIDE_TURN_SECONDS)
 
     def test_new_keys(self) -> None:
         """Keys that are used up within bulk are followed by new ones, and no byte is lost."""

@@ -38,8 +38,9 @@ WIDEN_SHARE: Final = 4
 TURN_SECONDS: Final = 0.0002
 
 #: The same where the daemons pass on pages of memory and do not touch what is on its way: then the programs'
-#: turns are what is waited for, and the fewer CREDITs there are, the better.
-PASSED_TURN_SECONDS: Final = 0.001
+#: turns are what is waited for, and the fewer CREDITs there are, the better.  Likewise on a fast path that encrypts,
+#: as a turn takes longer there.
+WIDE_TURN_SECONDS: Final = 0.001
 
 #: The same until the windows of a session have grown by L{FIRST_BYTES}: daemons that have to
 #: wait for a processor shall not be held to a few hundred kilobytes.
@@ -56,7 +57,7 @@ class Growth:
     @ivar round_trip: seconds, the shortest on the present link; L{None} until the first
         is known, and nothing grows before.  The shortest: a PING may have had to wait
         behind data, and then said nothing about the line.
-    @ivar turn: seconds, L{TURN_SECONDS} or L{PASSED_TURN_SECONDS}, as the link's last bulk was carried.
+    @ivar turn: seconds, L{TURN_SECONDS} or L{WIDE_TURN_SECONDS}, as the link's last bulk was carried.
     @ivar grown: bytes by which the windows that are open are larger than they began.
     """
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 from twisted.logger import Logger
 
 from relaymux.core.events import Event
-from relaymux.core.growth import PASSED_TURN_SECONDS, TURN_SECONDS
+from relaymux.core.growth import TURN_SECONDS, WIDE_TURN_SECONDS
 from relaymux.core.link import ACK_SECONDS, Link
 from relaymux.core.replay import FRAME_COST
 from relaymux.core.session import Session
@@ -299,6 +299,8 @@ class FastPath:
             return None
         if tls is not None:
             lease.encrypt(*tls.keys())
+            if session.growth is not None:
+                session.growth.turn = WIDE_TURN_SECONDS
             return _Way(lease, link, transport, members)
         can_pass = all(local.is_local for _, local in members.values())
         pages = self._pages_for(link) if can_pass else None
@@ -306,7 +308,7 @@ class FastPath:
         sends = pages is not None and sends_pages(transport, session)
         transport.expectPages(sends)
         if session.growth is not None:
-            session.growth.turn = PASSED_TURN_SECONDS if sends else TURN_SECONDS
+            session.growth.turn = WIDE_TURN_SECONDS if sends else TURN_SECONDS
         if pages is None:
             return _Way(lease, link, transport, members)
         lease.pass_on(pages, PAGES_LINK_TURN, PAGES_ACK_FACTOR * session.ack_bytes, sends)
