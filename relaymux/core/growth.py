@@ -38,8 +38,8 @@ WIDEN_SHARE: Final = 4
 TURN_SECONDS: Final = 0.0002
 
 #: The same where the daemons pass on pages of memory and do not touch what is on its way: then the programs'
-#: turns are what is waited for, and the fewer CREDITs there are, the better.  Likewise on a fast path that encrypts,
-#: as a turn takes longer there.
+#: turns are what is waited for, and the fewer CREDITs there are, the better.  Likewise on a fast path that
+#: encrypts, as a turn takes longer there.
 WIDE_TURN_SECONDS: Final = 0.001
 
 #: The same until the windows of a session have grown by L{FIRST_BYTES}: daemons that have to
