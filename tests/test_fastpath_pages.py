@@ -819,6 +819,24 @@ class OwnerTests(PagesTestCase):
         self.assertEqual(Refusing.calls, 1)
 
 
+def of_leases(test: copied.FastPathTests, number: int, look: Callable[[], object]) -> list[object]:
+    """@return: what C{look} finds after leases of one end that pass pages on, copy, and pass pages on again."""
+    fast_path, protocol = test.reactor.fast_path, test.protocols[number]
+    protocol.link.session.growth.heard_round_trip(0.0)  # whatever a busy machine made of it
+
+    def lease() -> bool:
+        way = fast_path._lease(protocol, test.reactor._poller.fileno())
+        fast_path._settle([way] if way is not None else [], test.reactor.seconds())
+        return way is not None
+
+    found = []
+    for leases in (0, 2 * COPIED_LEASES, 0):
+        fast_path._copying[protocol] = leases
+        test.run_until(lease, "there was something to lease")
+        found.append(look())
+    return found
+
+
 class BulkOverUNIXTests(copied.BulkTests):
     """Bulk over a link of a UNIX socket, whose pages are passed on to it, too."""
 
@@ -834,19 +852,8 @@ class BulkOverUNIXTests(copied.BulkTests):
         near, far = self.serve("ram", copied.BULK, b"")
         far.pace = lambda: time.sleep(0.001)
         self.start(near, far)
-        fast_path, growth = self.reactor.fast_path, self.protocols[1].link.session.growth
-        growth.heard_round_trip(0.0)  # whatever a busy machine made of it
-
-        def lease() -> bool:
-            way = fast_path._lease(self.protocols[1], self.reactor._poller.fileno())
-            fast_path._settle([way] if way is not None else [], self.reactor.seconds())
-            return way is not None
-
-        turns = []
-        for leases in (0, 2 * COPIED_LEASES, 0):
-            fast_path._copying[self.protocols[1]] = leases
-            self.run_until(lease, "there was something to lease")
-            turns.append(growth.turn)
+        growth = self.protocols[1].link.session.growth
+        turns = of_leases(self, 1, lambda: growth.turn)
         self.assertEqual(turns, [WIDE_TURN_SECONDS, TURN_SECONDS, WIDE_TURN_SECONDS])
         self.over(near, far)
         self.assert_received(far, copied.BULK)
@@ -956,19 +963,8 @@ class BulkOverPacedTCPTests(copied.FastPathTests):
         near, far = self.serve("ram", copied.BULK, b"")
         far.pace = lambda: time.sleep(0.001)
         self.start(near, far)
-        fast_path, sock = self.reactor.fast_path, self.links[0].socket
-        self.protocols[0].link.session.growth.heard_round_trip(0.0)  # whatever a busy machine made of it
-
-        def lease() -> bool:
-            way = fast_path._lease(self.protocols[0], self.reactor._poller.fileno())
-            fast_path._settle([way] if way is not None else [], self.reactor.seconds())
-            return way is not None
-
-        unsent = []
-        for leases in (0, 2 * COPIED_LEASES, 0):
-            fast_path._copying[self.protocols[0]] = leases
-            self.run_until(lease, "there was something to lease")
-            unsent.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT))
+        sock = self.links[0].socket
+        unsent = of_leases(self, 0, lambda: sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT))
         self.assertEqual(unsent, [PACED_NOTSENT_LOWAT, NOTSENT_LOWAT, PACED_NOTSENT_LOWAT])
         self.over(near, far)
         self.assert_received(far, copied.BULK)
