@@ -820,7 +820,7 @@ class OwnerTests(PagesTestCase):
 
 
 def of_leases(test: copied.FastPathTests, number: int, look: Callable[[], object]) -> list[object]:
-    """@return: what C{look} finds after leases of one end that pass pages on, copy, and pass pages on again."""
+    """@return: what C{look} finds after leases of one end that pass pages on, copy, and pass on again."""
     fast_path, protocol = test.reactor.fast_path, test.protocols[number]
     protocol.link.session.growth.heard_round_trip(0.0)  # whatever a busy machine made of it
 
