@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from twisted.trial.unittest import SynchronousTestCase
 
 from relaymux.core.events import (
@@ -14,6 +16,7 @@ from relaymux.core.events import (
 )
 from relaymux.core.handshake import Hello, Limits, Welcome
 from relaymux.core.link import ACK_SECONDS, CLOSED_SECONDS, HANDSHAKE_SECONDS, Link, LinkState
+from relaymux.core.schedule import GREETING
 from relaymux.errors import ErrorCode, LocalError
 from tests.wire import (
     ACK,
@@ -275,6 +278,52 @@ class LivenessTests(SynchronousTestCase):
             self.assertTrue(core.link.has_something)
             self.assertEqual([kind for kind, _, _ in core.say()], [ACK] if speaks else [ACK, CLOSED])
             self.assertFalse(core.link.has_something)
+
+    def test_delayed_opened(self) -> None:
+        """To an opener that has said a little already OPENED leaves with the answer, or a moment later."""
+        for speaks in (True, False):
+            core = Core().shake(replay=1 << 30)
+            core.now = 1.0
+            core.hear(opening(1))
+            core.session.accept(1)
+            core.hear(frame(DATA, 1, b"abc"))
+            self.assertEqual((core.link.has_something, core.link.at_rest), (False, True))
+            self.assertEqual(core.link.next_timer(), 1.0 + CLOSED_SECONDS)
+            if speaks:
+                core.session.write(1, b"xyz")
+                self.assertTrue(core.link.has_something)
+                self.assertEqual(core.say(), [(OPENED, 1, b""), (DATA, 1, b"xyz")])
+            core.link.handle_timer(1.0 + CLOSED_SECONDS)
+            self.assertEqual([kind for kind, _, _ in core.say()], [ACK] if speaks else [ACK, OPENED])
+            self.assertFalse(core.link.has_something)
+
+    def test_opened_at_once(self) -> None:
+        """It waits for nothing if the opener has more to say, and neither does what is in front of it."""
+        for size in (GREETING - 1, GREETING):
+            core = Core(limits=replace(LIMITS, window=GREETING)).shake(replay=1 << 30)
+            core.hear(opening(1))
+            core.session.accept(1)
+            core.hear(frame(DATA, 1, bytes(size)))
+            self.assertEqual(core.link.has_something, size == GREETING)
+        core = Core().shake(replay=1 << 30)
+        core.hear(opening(1), opening(3))
+        core.session.accept(1)
+        core.session.accept(3)
+        core.hear(frame(DATA, 1, b"abc"))
+        self.assertTrue(core.link.has_something)
+        core.hear(frame(DATA, 3, b"abc"))
+        self.assertEqual(core.say(), [(OPENED, 1, b""), (OPENED, 3, b"")])
+        core.session.reset(1, 17)
+        core.hear(frame(DATA, 1, b"abc"))
+        self.assertTrue(core.link.has_something, "RESET is no answer")
+        self.assertEqual([kind for kind, _, _ in core.say()], [RESET])
+        core = Core().shake(replay=1 << 30)
+        core.hear(opening(1))
+        core.session.accept(1)
+        core.hear(frame(DATA, 1, b"abc"), opening(3))
+        core.session.accept(3)
+        core.hear(frame(DATA, 1, b"def"))
+        self.assertTrue(core.link.has_something, "the opener of the second one waits")
 
     def test_last_closed(self) -> None:
         """Who opened a stream may let the last CLOSED wait; the other side has the place to give back."""

@@ -228,6 +228,18 @@ class Outbox:
 
     # Shared by the above, and by those who say something.
 
+    def _let_answer_wait(self, stream: Stream) -> None:
+        """
+        Let OPENED wait for something to leave with, if it was not sent yet.
+
+        The opener has said something already, and the answer to it is on its way soon, in most cases.
+        """
+        control = self._control
+        if len(control) != self._patient + 1 or stream.last_control != self._control_sent + len(control):
+            return
+        if control[-1][0] == Kind.OPENED:
+            self._patient += 1
+
     def _queue(self, kind: Kind, stream_id: int, payload: bytes = b"") -> None:
         self._control.append(encode(kind, stream_id, payload))
         if stream_id:

@@ -29,6 +29,7 @@ from relaymux.core.handshake import (
     decode_coded_text,
     decode_extensions,
 )
+from relaymux.core.schedule import GREETING
 from relaymux.core.speaking import NO_MEMORY, Speaker
 from relaymux.core.stream import ReceiveState, SendState, Stream
 from relaymux.errors import ErrorCode, RemoteProtocolError
@@ -172,6 +173,8 @@ class Session(Speaker):
         if not size:
             raise _malformed(frame)
         if stream.receive.receive_data(size):
+            if size < GREETING:
+                self._let_answer_wait(stream)
             return [DataReceived(frame.stream_id, frame.buffers, size)]
         return []
 

@@ -30,6 +30,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from zope.interface import classImplements
 
+from relaymux.core.schedule import GREETING
 from relaymux.errors import ErrorCode, SessionLost
 from relaymux.interfaces import IBufferReceiver
 from relaymux.net.apart import Apart
@@ -54,8 +55,11 @@ class LocalEnd:
     """
     The protocol of the local socket.  Until L{Bridge.join} it reads nothing:
     what is unread when the stream cannot be had stays unread, and the local
-    program sees a reset where the kernel can show one.
+    program sees a reset where the kernel can show one.  Its first words may
+    have been looked at, and sent (L{Bridge.greeting}).
     """
+
+    __deletable__ = ("transport", "_bridge")
 
     transport: SocketTransport
 
@@ -68,7 +72,7 @@ class LocalEnd:
 
     def connectionMade(self) -> None:
         self.transport.pauseProducing()
-        self._bridge.connected()
+        self._bridge.local_connected()
 
     def dataReceived(self, data: bytes) -> None:
         self.buffersReceived((memoryview(data),))
@@ -87,6 +91,10 @@ class LocalEnd:
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._bridge.local_lost(reason)
+
+    def let_go(self) -> None:
+        """It is over: what knows one another would only be freed by the garbage collector."""
+        del self.transport, self._bridge
 
     # As the stream's producer.
 
@@ -161,17 +169,17 @@ class Bridge:
     def __init__(
         self,
         lost: Callable[[Bridge], None],
-        connected: Callable[[], None] = lambda: None,
+        connected: Callable[[Bridge], None] = lambda _: None,
         apart: Apart | None = None,
     ) -> None:
         """
-        @param connected: called when the local connection is there.
+        @param connected: called with it when the local connection is there.
         @param lost: called once, when neither end is left; C{ending} says why.
         @param apart: decides when the local connection is closed where relaymux ends the bridge,
             with others; L{None} closes it at once.
         """
         self.local = LocalEnd(self)
-        self.connected = connected
+        self._connected = connected
         self.sent = 0
         self.received = 0
         self.ending = Ending()
@@ -224,10 +232,28 @@ class Bridge:
         stream.carrier = self
         stream.registerProducer(cast(IPushProducer, self.local), True)
         socket.registerProducer(cast(IPushProducer, end), True)
+        if stream.greeting:
+            self._take_greeting(stream.greeting)
+            local_speaks = False  # it has spoken
+        if stream.queuedBytes:
+            return  # for which the socket's producer waits: it will be resumed
         if local_speaks:
             socket.resume_reading()
         else:
             socket.resumeProducing()
+
+    def greeting(self) -> bytes:
+        """
+        What the local program has said before it is joined: as much as may be sent with OPEN.
+
+        It is left in the socket until the stream is there: if it cannot be had, nothing was taken.
+        """
+        return self.local.transport.peek(GREETING)
+
+    def _take_greeting(self, greeting: bytes) -> None:
+        """C{greeting} was sent: what is read from now on is what comes behind it."""
+        self.local.transport.skip(len(greeting))
+        self._passes_from_local((memoryview(greeting),))
 
     def refuse(self, reason: Failure) -> None:
         """There will be no stream: close the local connection, as abruptly as the kernel can."""
@@ -263,15 +289,22 @@ class Bridge:
 
     # From the local end.
 
+    def local_connected(self) -> None:
+        """The local connection is there."""
+        self._connected(self)
+
     def from_local(self, buffers: Sequence[memoryview]) -> None:
         """Bytes for the peer."""
         assert self._stream is not None
+        self._passes_from_local(buffers)
+        self._stream.writeBuffers(buffers)
+
+    def _passes_from_local(self, buffers: Sequence[memoryview]) -> None:
         count = sum(map(len, buffers))
         self.sent += count
         self.local.transport.passed(count)
         if self.watcher is not None:
             self.watcher.passed_from_local(buffers)
-        self._stream.writeBuffers(buffers)
 
     def written_locally(self, count: int) -> None:
         """The kernel took bytes of the peer."""
@@ -350,3 +383,4 @@ class Bridge:
         if over and not self._local_open and lost is not None:
             self._lost = None
             lost(self)
+            self.local.let_go()

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
-from socket import AF_INET, AF_INET6, AF_UNIX, SO_ERROR, SOCK_STREAM, SOL_SOCKET, socket
+from socket import AF_INET, AF_INET6, AF_UNIX, SO_ERROR, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
 from typing import Any
 
 from twisted.internet.abstract import FileDescriptor
@@ -150,11 +150,10 @@ def connect_unix_at_once(
         L{connect_unix} knows what to do or what to say.
     """
     try:
-        sock = socket(AF_UNIX, SOCK_STREAM)
+        sock = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
     except OSError:
         return False
     try:
-        sock.setblocking(False)
         _dial(sock, path, follow_links=follow_links)
         transport = transport_for(reactor, sock, target, pool, address_of(path), host=address_of(None))
     except OSError:

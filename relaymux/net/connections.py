@@ -149,8 +149,7 @@ class Connections:
 
     def on_connected(self, connected: Callable[[Connection], None]) -> Bridge:
         """@return: a bridge that becomes a connection when its local end is there."""
-        bridge = Bridge(self._over, lambda: connected(self._number_one(bridge)), self._apart)
-        return bridge
+        return Bridge(self._over, lambda bridge: connected(self._number_one(bridge)), self._apart)
 
     def hurry(self) -> None:
         """The daemon stops: what relaymux ends from now on it ends at once."""

@@ -63,6 +63,7 @@ class LocalListener:
             self._local.service,
             partial(self.connections.joined, connection),
             partial(self._failed, connection),
+            connection.bridge.greeting,
         )
         self._peer.open(connection.request, self._local.open_timeout)
 
@@ -83,6 +84,7 @@ class LocalDialer:
     def __init__(self, reactor: IReactorTime, peer: Peer, local: LocalSocket) -> None:
         self._reactor = reactor
         self._local = local
+        self._pool = pool_for(reactor)
         self.connections = Connections(reactor, peer, local, listens=False)
         self._queue: deque[StreamTransport] = deque()  # at most the streams the peer may have
         self._dialling = False
@@ -124,7 +126,7 @@ class LocalDialer:
             self._reactor,
             self._local.path,
             connection.bridge.local,
-            pool_for(self._reactor),
+            self._pool,
             follow_links=self._local.follow_links,
         ):
             self._connected(connection, stream)
@@ -135,7 +137,7 @@ class LocalDialer:
             self._local.path,
             connection.bridge.local,
             self._local.open_timeout,
-            pool_for(self._reactor),
+            self._pool,
             others=self._local.others,
             follow_links=self._local.follow_links,
         )

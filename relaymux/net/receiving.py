@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from socket import socket
+from socket import MSG_PEEK, socket
 from typing import Any, Final
 
 from twisted.internet.interfaces import IProtocol
@@ -85,6 +86,24 @@ class ReceivingSocket(SendingSocket):
             self._tell(self.doRead)
         if self.connected and self._input_open and not self._paused:
             self.startReading()
+
+    def peek(self, most: int) -> bytes:
+        """
+        @return: what has arrived and nobody has read, up to C{most} bytes, which stays where it is;
+            nothing also where that cannot be told: reading will tell why.
+        """
+        try:
+            return self.socket.recv(most, MSG_PEEK)
+        except OSError:
+            return b""
+
+    def skip(self, count: int) -> None:
+        """Take C{count} bytes, which L{peek} has shown, as read."""
+        while count:
+            taken = len(self.socket.recv(count))
+            if not taken:
+                raise ConnectionResetError(errno.ECONNRESET, "it is not there any more")
+            count -= taken
 
     def expectBytes(self, count: int) -> None:
         """

@@ -81,6 +81,7 @@ class StreamTransport:
     @ivar undelivered: when it is over, bytes written to it that the peer's consumer is
         not known to have taken.
     @ivar untaken: when it is over, bytes that arrived and were not consumed here.
+    @ivar greeting: what was said with OPEN.
     @ivar carrier: who passes its bytes on to a socket and from there as they are; L{None} if
         somebody wants to see them.
     """
@@ -93,6 +94,7 @@ class StreamTransport:
         self.disconnecting = False
         self.undelivered = 0
         self.untaken = 0
+        self.greeting = b""
         self.carrier: Carrier | None = None
         self._streams = streams
         self._session = streams.session
@@ -138,6 +140,17 @@ class StreamTransport:
     def when_given_up(self, call: Callable[[], None]) -> None:
         """Have C{call} called if the stream ends before L{begin}: its opener does not want it any more."""
         self._given_up = call
+
+    def greet(self, data: bytes) -> None:
+        """
+        Say C{data} together with OPEN, which is about to leave.
+
+        Whoever refuses the stream drops it, so it must not be gone here: whoever is given the
+        stream finds it in C{greeting}, and takes it from where it is.
+        """
+        if data:
+            self.greeting = data
+            self._session.write(self.stream_id, data)
 
     # For the service that the peer asked for.
 
@@ -372,7 +385,7 @@ class StreamTransport:
         self._call(self._producer.stop)
         self._streams.gone(self, reason)
         protocol, self._protocol = self._protocol, None
-        self._half_closeable = None
+        self._half_closeable = self._receiver = self.carrier = None
         given_up, self._given_up = self._given_up, None
         if protocol is not None:
             self._call(protocol.connectionLost, reason)

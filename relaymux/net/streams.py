@@ -59,14 +59,18 @@ class OpenRequest:
         service: str,
         opened: Callable[[StreamTransport], object],
         failed: Callable[[Failure], object],
+        greeting: Callable[[], bytes] = bytes,
     ) -> None:
         """
         One of the two is called, once; neither when L{cancel} has returned.
 
         @param opened: the peer's end is connected.
         @param failed: it will not come: C{StreamReset}, C{SessionLost} or C{LocalError}.
+        @param greeting: asked when the stream is opened: what may be sent with OPEN, see
+            L{StreamTransport.greet}.
         """
         self.service = service
+        self.greeting = greeting
         self.forget: Callable[[OpenRequest], None] = lambda _: None
         self.stream: StreamTransport | None = None
         self.timer: IDelayedCall | None = None
@@ -163,9 +167,12 @@ class SessionStreams:
         except RelaymuxError as error:
             request.fail(error)
             return
-        request.stream = StreamTransport(self, stream_id, request.service, outgoing=True)
-        self._streams[stream_id] = request.stream
+        stream = request.stream = StreamTransport(self, stream_id, request.service, outgoing=True)
+        self._streams[stream_id] = stream
         self._unanswered[stream_id] = request
+        if not self.session.untouched:
+            # Else it may have to be opened again, in another session, and nothing is to be said twice.
+            stream.greet(request.greeting())
 
     def take_back(self) -> list[OpenRequest]:
         """
