@@ -878,7 +878,7 @@ class BulkTests(FastPathTests):
         self.over(near, far)
         self.assert_received(far, BULK)
         self.assert_received(near, BULK)
-        self.assert_carried(4 * MIB)
+        self.assert_carried(MIB // 2)  # it is tried less often while little comes of it
 
     def test_beside_a_stalled_reader(self) -> None:
         """A program that does not read at all holds up its own stream, and no other."""
