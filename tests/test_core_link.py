@@ -299,12 +299,14 @@ class LivenessTests(SynchronousTestCase):
 
     def test_opened_at_once(self) -> None:
         """It waits for nothing if the opener has more to say, and neither does what is in front of it."""
-        for size in (GREETING - 1, GREETING):
-            core = Core(limits=replace(LIMITS, window=GREETING)).shake(replay=1 << 30)
+        for size in (GREETING, GREETING + 1):
+            core = Core(limits=replace(LIMITS, window=2 * GREETING, max_payload=2 * GREETING)).shake(
+                replay=1 << 30
+            )
             core.hear(opening(1))
             core.session.accept(1)
             core.hear(frame(DATA, 1, bytes(size)))
-            self.assertEqual(core.link.has_something, size == GREETING)
+            self.assertEqual(core.link.has_something, size > GREETING)
         core = Core().shake(replay=1 << 30)
         core.hear(opening(1), opening(3))
         core.session.accept(1)

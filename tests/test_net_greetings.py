@@ -58,16 +58,18 @@ class GreetingTests(BridgeTestCase):
         await self.until(lambda: bool(self.lines("connection 2 closed", near_line)), "all was counted")
 
     async def test_more_than_fits(self) -> None:
-        """Of somebody who has much to say, as much as is allowed; the rest comes behind it."""
-        self.silence()
-        data = stamped(20_000)
-        near = self.greet(data)
-        far = await self.accept()
-        self.assertEqual(await self.read(far, GREETING), data[:GREETING])
-        await self.nothing(far)
-        self.hear()
-        self.assertEqual(await self.read(far, len(data) - GREETING), data[GREETING:])
-        await self.exchange([(near, far, stamped(LARGE, 2)), (far, near, stamped(LARGE, 3))])
+        """Of somebody who has more to say nothing is sent before the answer: it is bulk from its first byte."""
+        for number, size in enumerate((GREETING, GREETING + 1)):
+            self.silence()
+            data = stamped(size, number)
+            near = self.greet(data)
+            far = await self.accept()
+            if size > GREETING:
+                await self.nothing(far)
+                self.hear()
+            self.assertEqual(await self.read(far, size), data)
+            self.hear()
+            await self.exchange([(near, far, stamped(LARGE, 2)), (far, near, stamped(LARGE, 3))])
 
     async def test_said_and_gone(self) -> None:
         """A program that speaks and closes at once: all of it arrives, then the end."""
@@ -138,8 +140,9 @@ class NarrowTests(BridgeTestCase):
         self.far.register("ram", undecided)
         data = stamped(LARGE)
         near = self.connect()
-        said = near.send(data)
+        said = near.send(data[:GREETING])
         await self.until(lambda: bool(undecided.streams), "the stream was opened")
+        said += near.send(data[GREETING:])
         [far] = undecided.streams
         far.accept()
         await self.until(lambda: self.listener.totals.opened == 2, "the answer came")

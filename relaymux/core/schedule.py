@@ -32,8 +32,8 @@ SHARED_FRAME: Final = 64 * 1024
 #: NBD say in between, less than what is read of a stream that is held up by the link.
 LITTLE: Final = 16 * 1024
 
-#: The most that an opener says together with OPEN: a request, and no bulk.  Less than this is
-#: all that it has to say for the moment, so that an answer will come soon.
+#: The most that an opener says together with OPEN: a request, and all that it has to say for the
+#: moment, so that an answer will come soon.
 GREETING: Final = 4 * 1024
 
 #: Turns in front of the others in a row: 256 KiB, 20 ms at 100 Mbit/s.  Streams that come

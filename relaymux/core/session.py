@@ -173,7 +173,7 @@ class Session(Speaker):
         if not size:
             raise _malformed(frame)
         if stream.receive.receive_data(size):
-            if size < GREETING:
+            if size <= GREETING:
                 self._let_answer_wait(stream)
             return [DataReceived(frame.stream_id, frame.buffers, size)]
         return []

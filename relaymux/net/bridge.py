@@ -244,11 +244,14 @@ class Bridge:
 
     def greeting(self) -> bytes:
         """
-        What the local program has said before it is joined: as much as may be sent with OPEN.
+        What the local program has said before it is joined, to be sent with OPEN: nothing if that is
+        more than L{GREETING}.  A round trip is little to bulk, which is better sent as such from its first
+        byte on.
 
         It is left in the socket until the stream is there: if it cannot be had, nothing was taken.
         """
-        return self.local.transport.peek(GREETING)
+        said = self.local.transport.peek(GREETING + 1)
+        return said if len(said) <= GREETING else b""
 
     def _take_greeting(self, greeting: bytes) -> None:
         """C{greeting} was sent: what is read from now on is what comes behind it."""
