@@ -58,7 +58,7 @@ class GreetingTests(BridgeTestCase):
         await self.until(lambda: bool(self.lines("connection 2 closed", near_line)), "all was counted")
 
     async def test_more_than_fits(self) -> None:
-        """Of somebody who has more to say nothing is sent before the answer: it is bulk from its first byte."""
+        """Of somebody who has more to say nothing is sent before the answer: all of it goes as bulk."""
         for number, size in enumerate((GREETING, GREETING + 1)):
             self.silence()
             data = stamped(size, number)
