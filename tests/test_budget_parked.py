@@ -185,7 +185,8 @@ class ParkedTests(SocketTestCase):
                 for session in self.sessions(service)
             )
             self.assertLessEqual(held, service._budget.drawn)
-            self.assertGreater(held, len(self.flows) * WINDOW)
+            # One flow of each link went on, and may have taken nearly all that there was for it.
+            self.assertGreater(held, (len(self.flows) - LINKS) * WINDOW)
         self.assertLess(self.resident() - before, 2 * MEMORY + ALLOWANCE)
         drawn = [service._budget.drawn for service in self.services]
         await self.rest("it was parked still")
